@@ -1,0 +1,67 @@
+"""The loss over a whole split, and the units in which models with different tokenizers compare."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .token_stream import TokenStream
+
+
+@dataclass(frozen=True)
+class SplitLoss:
+    """What a model loses on a split: nats over all its tokens, and the size of the text they spell."""
+
+    nats: float
+    tokens: int
+    characters: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_char(self) -> float:
+        return self.nats / math.log(2) / self.characters
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+
+@torch.no_grad()
+def evaluate_split(
+    model: PreTrainedModel, stream: TokenStream, documents: list[str], batch_size: int, accelerator: Accelerator
+) -> SplitLoss:
+    """Loss over every token of the stream but its first, in windows of the context length side by side.
+
+    Every process takes its share of the windows. The result depends neither on batch_size nor on the number
+    of processes: losses are summed in float64, token by token.
+
+    Args:
+        documents: the text that the stream encodes, to count characters and bytes.
+        batch_size: windows a process computes at once.
+    """
+    was_training = model.training
+    model.eval()
+    nats = torch.zeros((), dtype=torch.float64 if stream.device.type != "mps" else torch.float32)
+    numbers = np.arange(accelerator.process_index, stream.windows(), accelerator.num_processes)
+    for start in range(0, len(numbers), batch_size):
+        x, y = stream.window_batch(numbers[start : start + batch_size])
+        logits = model(input_ids=x, use_cache=False).logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100, reduction="none")
+        nats = nats.to(losses.device) + losses.sum(dtype=nats.dtype)
+    model.train(was_training)
+    nats = accelerator.reduce(nats.to(stream.device), reduction="sum").item()
+    return SplitLoss(
+        nats=nats,
+        tokens=len(stream) - 1,
+        characters=sum(map(len, documents)),
+        bytes=sum(len(document.encode()) for document in documents),
+    )

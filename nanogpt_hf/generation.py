@@ -1,0 +1,148 @@
+"""Sampling from any causal language model, past its context length too."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .tokenization import encode
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelt out, so that no model's output can drive a terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" or c.isspace() and ord(c) > 0x9F else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def _warpers(model: PreTrainedModel, temperature: float, top_k: int | None, top_p: float | None):
+    warpers = LogitsProcessorList()
+    if model.generation_config.suppress_tokens:
+        warpers.append(SuppressTokensLogitsProcessor(model.generation_config.suppress_tokens, model.device))
+    if temperature not in (0, 1):
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1:
+        warpers.append(TopPLogitsWarper(float(top_p)))
+    return warpers
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """The next token of every row of input_ids (B T), each B, without end.
+
+    Cached decoding. A full context is halved: its later half is read again and becomes the past of what
+    follows, so that the cost of a token does not grow with the text.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        seed: of a generator of its own; the global one is left alone.
+    """
+    context = model.config.max_position_embeddings
+    warpers = _warpers(model, temperature, top_k, top_p)
+    generator = torch.Generator(model.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    was_training = model.training
+    model.eval()
+    try:
+        ids = input_ids.to(model.device)[:, -context:]
+        unread, cache = ids, None
+        while True:
+            if ids.shape[1] > context:
+                ids = ids[:, -max(1, context // 2) :]
+                unread, cache = ids, None
+            output = model(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            logits = warpers(ids, output.logits[:, -1].float())
+            if temperature == 0:
+                unread = logits.argmax(dim=-1, keepdim=True)
+            else:
+                unread = torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+            yield unread[:, 0]
+            ids = torch.cat((ids, unread), dim=1)
+    finally:
+        model.train(was_training)
+
+
+class _Writer:
+    """Turns one sequence's tokens into text as they come, and knows when it has ended."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]):
+        self.backend, self.eos, self.stop = tokenizer.backend_tokenizer, tokenizer.eos_token_id, stop
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.text, self.given, self.ended = "", 0, False
+
+    def add(self, token: int) -> None:
+        if self.ended:
+            return
+        if token == self.eos:
+            self.ended = True
+            return
+        self.text += self.stream.step(self.backend, token) or ""
+        places = [place for word in self.stop if (place := self.text.find(word)) >= 0]
+        if places:
+            self.text, self.ended = self.text[: min(places)], True
+
+    def news(self, last: bool) -> str:
+        """Text not given out yet; what may become a stop string is held back."""
+        held = 0 if last or self.ended else max((len(word) - 1 for word in self.stop), default=0)
+        end = max(self.given, len(self.text) - held)
+        news, self.given = self.text[self.given : end], end
+        return news
+
+
+def stream_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    *,
+    num_return_sequences: int = 1,
+    max_new_tokens: int = 500,
+    stop: Sequence[str] = (),
+    **sampling,
+) -> Iterator[list[str]]:
+    """Continuations of a prompt as they grow: at each token, the new text of every sequence.
+
+    Args:
+        stop: a continuation ends before the first of these; it also ends at the end-of-text token.
+        sampling: temperature, top_k, top_p and seed of `generate_ids`.
+
+    Raises:
+        ValueError: the prompt is empty.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one character (a newline will do).")
+    ids = torch.from_numpy(encode(tokenizer, prompt)).long().repeat(num_return_sequences, 1)
+    writers = [_Writer(tokenizer, stop) for _ in range(num_return_sequences)]
+    tokens = generate_ids(model, ids, **sampling)
+    for number, step in zip(range(max_new_tokens), tokens, strict=False):
+        for writer, token in zip(writers, step.tolist(), strict=True):
+            writer.add(token)
+        last = number == max_new_tokens - 1 or all(writer.ended for writer in writers)
+        yield [writer.news(last) for writer in writers]
+        if last:
+            break
+
+
+def generate_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, **options) -> list[str]:
+    """Whole continuations of a prompt (without it); the options are those of `stream_text`."""
+    pieces = list(stream_text(model, tokenizer, prompt, **options))
+    return ["".join(column) for column in zip(*pieces, strict=True)]

@@ -1,0 +1,62 @@
+"""What the machine has, and an Accelerator that uses it."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from .settings import TrainingSettings
+
+
+def device_type(use_cpu: bool = False) -> str:
+    """cuda, mps or cpu: what a run would take."""
+    if use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def make_accelerator(settings: TrainingSettings) -> Accelerator:
+    """An Accelerator for the processes and devices of this launch.
+
+    Raises:
+        ValueError: a precision that the device does not have.
+    """
+    device = device_type(settings.use_cpu)
+    if settings.fp16 and device == "cpu":
+        raise ValueError("--fp16 needs a GPU: leave it out.")
+    if settings.bf16 and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("--bf16 is set, but this GPU has no bfloat16: use --fp16 or neither.")
+    bf16 = settings.bf16
+    if bf16 is None:
+        bf16 = device == "cuda" and not settings.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if device == "cpu":
+        use_all_cores()
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="fp16" if settings.fp16 else "bf16" if bf16 else "no",
+        log_with=settings.report_to or None,
+        project_dir=settings.output_dir,
+    )
+
+
+def use_all_cores() -> None:
+    """`accelerate launch` gives a lone CPU process one thread unless it is told otherwise; take them all."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def describe_device(accelerator: Accelerator) -> str:
+    device = accelerator.device
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        name = f"CPU, {threads} thread{'s' * (threads != 1)}"
+    else:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Apple GPU"
+    count = accelerator.num_processes
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
+    return f"{name}{f' x {count} processes' if count > 1 else ''}, {precision}"

@@ -1,0 +1,59 @@
+"""Signals and the clock, turned into decisions that every process takes at the same step."""
+
+import os
+import signal
+import threading
+
+import torch
+from accelerate import Accelerator
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+CHECKPOINTING = getattr(signal, "SIGUSR1", None)  # Windows has none
+
+
+class Interruption:
+    """A context in which SIGTERM and SIGINT ask for a clean stop and SIGUSR1 for a checkpoint.
+
+    A second SIGTERM or SIGINT ends the process at once.
+
+    Attributes:
+        signal: the stopping signal that came, 0 before one has.
+        checkpoint: whether a checkpoint was asked for since the last `agree`.
+        out_of_time: whether max_minutes had passed at the last `agree`.
+    """
+
+    def __init__(self, max_minutes: float | None):
+        self.max_minutes = max_minutes
+        self.signal, self.checkpoint, self.out_of_time = 0, False, False
+        self._wants_checkpoint = False
+        self._before = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for number in (*STOPPING, CHECKPOINTING):
+                if number is not None:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        if number == CHECKPOINTING:
+            self._wants_checkpoint = True
+        elif self.signal:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        else:
+            self.signal = number
+
+    def agree(self, accelerator: Accelerator, elapsed_s: float) -> None:
+        """Take the decisions of any process for all of them. One process decides without communication."""
+        late = self.max_minutes is not None and elapsed_s > 60 * self.max_minutes
+        flags = [int(self.signal), int(self._wants_checkpoint), int(late)]
+        self._wants_checkpoint = False
+        if accelerator.num_processes > 1:
+            asked = accelerator.gather(torch.tensor([flags], device=accelerator.device))
+            flags = asked.amax(dim=0).tolist()
+        self.signal, self.checkpoint, self.out_of_time = flags[0], bool(flags[1]), bool(flags[2])

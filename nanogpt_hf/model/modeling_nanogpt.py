@@ -1,0 +1,398 @@
+"""The network: a GPT of GPT-2's block or Qwen3's, chosen by the switches of its config.
+
+Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+This file and configuration_nanogpt.py travel with every checkpoint, so they import nothing but torch and
+transformers.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_nanogpt import NanoGPTConfig
+
+
+def make_norm(config: NanoGPTConfig, size: int) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(size, eps=config.layer_norm_epsilon)
+    return nn.LayerNorm(size, eps=config.layer_norm_epsilon, bias=config.bias)
+
+
+def make_projection(config: NanoGPTConfig, inputs: int, outputs: int) -> nn.Module:
+    """GPT-2's checkpoints hold Conv1D's transposed weights and a bias; without a bias it is a plain Linear."""
+    return Conv1D(outputs, inputs) if config.bias else nn.Linear(inputs, outputs, bias=False)
+
+
+def rotation_angles(config: NanoGPTConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the rotary positions (Su et al. 2021), each B 1 T D in float32.
+
+    Computed at every call: a buffer would come back from `from_pretrained` uninitialised.
+    """
+    D = config.n_embd // config.n_head
+    frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device=position_ids.device).float() / D)  # D/2
+    angles = position_ids[:, None, :, None].float() * frequencies  # B 1 T D/2
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of channels (d, d + D/2) of x (B H T D) by the angle of its position."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """The same attention as the fused kernels, written out: B H T D in, B T H D and the weights B H T T out."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class NanoGPTAttention(nn.Module):
+    """Causal self-attention of H heads."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+        self.c_attn = make_projection(config, config.n_embd, 3 * config.n_embd)
+        self.c_proj = make_projection(config, config.n_embd, config.n_embd)
+        self.c_proj.ends_residual_branch = True
+        if config.qk_norm:
+            self.q_norm = make_norm(config, self.head_dim)
+            self.k_norm = make_norm(config, self.head_dim)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, rotation=None, **kwargs):
+        B, T, C = hidden_states.shape
+        query, key, value = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim).unbind(2)  # B T H D each
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H T D
+        if rotation is not None:
+            query, key = rotate(query, *rotation), rotate(key, *rotation)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # B H (past + T) D
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attn_pdrop if self.training else 0.0,
+            **kwargs,
+        )  # B T H D
+        return self.resid_dropout(self.c_proj(mixed.reshape(B, T, C))), weights
+
+
+class NanoGPTMLP(nn.Module):
+    """GELU: c_proj(gelu(c_fc x)). SwiGLU (Shazeer 2020): c_fc holds gate and value side by side."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        self.c_fc = make_projection(config, config.n_embd, config.inner_size * (2 if self.gated else 1))
+        self.c_proj = make_projection(config, config.inner_size, config.n_embd)
+        self.c_proj.ends_residual_branch = True
+        # The same function as transformers' "gelu_new", in one kernel instead of eight.
+        self.approximate = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}.get(
+            config.activation_function
+        )
+        if self.approximate is None and not self.gated:
+            raise ValueError(
+                f"activation_function is {config.activation_function!r}, use gelu_new, gelu_pytorch_tanh or gelu."
+            )
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states):
+        hidden_states = self.c_fc(hidden_states)
+        if self.gated:
+            gate, value = hidden_states.chunk(2, dim=-1)
+            hidden_states = F.silu(gate) * value
+        else:
+            hidden_states = F.gelu(hidden_states, approximate=self.approximate)
+        return self.dropout(self.c_proj(hidden_states))
+
+
+class NanoGPTBlock(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = make_norm(config, config.n_embd)
+        self.attn = NanoGPTAttention(config, layer_idx)
+        self.ln_2 = make_norm(config, config.n_embd)
+        self.mlp = NanoGPTMLP(config)
+
+    def forward(self, hidden_states, **kwargs):
+        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class NanoGPTPreTrainedModel(PreTrainedModel):
+    config: NanoGPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoGPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": NanoGPTBlock,
+        "attentions": OutputRecorder(NanoGPTAttention, index=1, layer_name=".attn"),
+    }
+    # OpenAI's checkpoints store the causal mask of every layer.
+    _keys_to_ignore_on_load_unexpected = [r"h\.\d+\.attn\.(masked_)?bias$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """GPT-2's initialisation: normal of std 0.02, and 1/sqrt(2 n_layer) of it where a residual branch ends."""
+        super()._init_weights(module)
+        if isinstance(module, (Conv1D, nn.Linear)):
+            std = self.config.initializer_range
+            if getattr(module, "ends_residual_branch", False):
+                std /= math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+
+class NanoGPTModel(NanoGPTPreTrainedModel):
+    """Token ids (B T) to the last hidden states (B T C)."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.positions == "learned":
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([NanoGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = make_norm(config, config.n_embd)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def set_input_embeddings(self, new_embeddings):
+        self.wte = new_embeddings
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Raises ValueError when past and present tokens together are more than n_positions."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)  # B T C
+        T = inputs_embeds.shape[1]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # A static cache counts in a tensor and bounds its own length; asking it would stall the device.
+        if T + (past if isinstance(past, int) else 0) > self.config.n_positions:
+            raise ValueError(
+                f"The sequence has {T + past} tokens, more than the model's context of {self.config.n_positions} "
+                "(n_positions): shorten it, or generate with nanogpt_hf.generation, which slides the window."
+            )
+        if position_ids is None:
+            position_ids = (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)  # 1 T
+
+        rotation = None
+        if self.config.positions == "learned":
+            inputs_embeds = inputs_embeds + self.wpe(position_ids)
+        else:
+            rotation = rotation_angles(self.config, position_ids)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = self.drop(inputs_embeds)
+        for block in self.h:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                rotation=rotation,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
+    """The network with its language-modelling head, tied to the token embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        self.transformer = NanoGPTModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B T V), and the loss in nats when there are labels.
+
+        Args:
+            labels: the input ids (B T); shifted by one here. -100 is left out of the loss.
+            shift_labels: the next tokens (B T), already shifted; used instead of labels.
+            logits_to_keep: compute the logits of the last so many positions only; 0 means all.
+            num_items_in_batch: divide the summed loss by this many tokens instead of by this batch's own, so
+                that the losses of accumulated micro-batches add up to the loss of the whole batch.
+        """
+        output = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits,
+                labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """Reads a native, a plain gpt2 or a plain qwen3 checkpoint, from a folder or the Hub.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the model that its config describes.
+        """
+        plain, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path or ".", **kwargs)
+        if plain.get("model_type") == "qwen3":
+            return cls._from_qwen3(pretrained_model_name_or_path, *args, **kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights that its config asks for "
+                f"({missing[0]} first): its weights and its config.json do not belong together."
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_qwen3(cls, pretrained_model_name_or_path, *args, **kwargs):
+        from transformers import Qwen3ForCausalLM
+
+        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(
+            pretrained_model_name_or_path, **kwargs
+        )
+        theirs = Qwen3ForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs).state_dict()
+        state = {name: torch.cat([theirs[part] for part in parts]) for name, parts in qwen3_names(config).items()}
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        return model.eval()
+
+
+# Inside one block: our name -> Qwen3's, several where ours holds them stacked along the output dimension.
+QWEN3_BLOCK = {
+    "ln_1": ("input_layernorm",),
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.q_norm": ("self_attn.q_norm",),
+    "attn.k_norm": ("self_attn.k_norm",),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "ln_2": ("post_attention_layernorm",),
+    "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.c_proj": ("mlp.down_proj",),
+}
+
+
+def qwen3_names(config: NanoGPTConfig) -> dict[str, list[str]]:
+    """Every weight of a modern model -> the weights of Qwen3ForCausalLM that it stacks."""
+    names = {"transformer.wte.weight": ["model.embed_tokens.weight"], "transformer.ln_f.weight": ["model.norm.weight"]}
+    for layer in range(config.n_layer):
+        for ours, theirs in QWEN3_BLOCK.items():
+            names[f"transformer.h.{layer}.{ours}.weight"] = [
+                f"model.layers.{layer}.{name}.weight" for name in theirs
+            ]
+    return names | {"lm_head.weight": ["lm_head.weight"]}
+
+
+def qwen3_state_dict(model: NanoGPTForCausalLM) -> dict[str, torch.Tensor]:
+    """The weights of a modern model under Qwen3ForCausalLM's names, the fused projections taken apart."""
+    ours = model.state_dict()
+    return {
+        part: tensor.contiguous()
+        for name, parts in qwen3_names(model.config).items()
+        for part, tensor in zip(parts, ours[name].chunk(len(parts)), strict=True)
+    }
+
+
+NanoGPTModel.register_for_auto_class("AutoModel")
+NanoGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["NanoGPTForCausalLM", "NanoGPTModel", "NanoGPTPreTrainedModel"]

