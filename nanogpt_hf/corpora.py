@@ -143,12 +143,12 @@ def _files(corpus: str, root: Path, pattern: str, text_column: str) -> _Found:
         if any(part.startswith(".") for part in inside.parts):
             continue
         if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-            raise ValueError(f"The folder {inside} in {corpus} cannot be read.")
+            raise ValueError(f"The folder {path.name or path} cannot be read.")
         is_text = path.suffix.lower() in _SUFFIXES and not path.is_dir()
         if is_text or path.is_symlink() and path.is_dir():
             if not path.exists() or not path.resolve().is_relative_to(root.resolve()):
                 raise ValueError(
-                    f"{inside} in {corpus} is a link that leads out of it or nowhere; put a copy in its place."
+                    f"{inside} in {corpus} is a link out of it or to nothing; put a copy in its place."
                 )
         if is_text:
             files.setdefault(path.resolve(), path)
@@ -279,22 +279,20 @@ def _hub(corpus: str, text_column: str) -> _Found:
         raise ValueError(
             f"{repo} is neither a path nor a dataset on the Hub; if it is private, {log_in}"
         ) from error
-    except (
-        Exception
-    ) as error:  # a missing network is another exception with each HTTP library below huggingface_hub
-        reason = (
+    except Exception as error:  # a missing network is another exception with each HTTP library
+        why = (
             "HF_HUB_OFFLINE is set"
             if constants.HF_HUB_OFFLINE
-            else f"no answer from the Hub, {_brief(error)}"
+            else f"the Hub gave no answer, {_brief(error)}"
         )
-        raise ValueError(f"{repo} is not a path, and as a dataset it cannot be fetched: {reason}.") from error
+        raise ValueError(f"{repo} is not a path, and as a dataset it cannot be fetched: {why}.") from error
     try:
         data = datasets.load_dataset(repo, config or None, revision=info.sha)
     except datasets.exceptions.DatasetNotFoundError as error:
         page = f"{constants.ENDPOINT}/datasets/{repo}"
         raise ValueError(f"{repo} is a gated dataset: accept its terms at {page} and {log_in}") from error
     except Exception as error:  # each format has its own
-        raise ValueError(f"{repo}:{config or 'default'} cannot be loaded: {_brief(error)}") from error
+        raise ValueError(f"The dataset {corpus} cannot be loaded: {_brief(error)}") from error
     if "train" not in data and len(data) > 1:
         raise ValueError(f"{corpus} has no train split, only {', '.join(data)}.")
     used = {"train": "train" if "train" in data else next(iter(data))}

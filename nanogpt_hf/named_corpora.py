@@ -1,4 +1,4 @@
-"""The named corpora: their pinned downloads, how tiny_pushkin is made, tiny_shakespeare's offline stand-in."""
+"""The named corpora: pinned downloads, how tiny_pushkin is made, and tiny_shakespeare's offline stand-in."""
 
 import hashlib
 import html
@@ -60,8 +60,8 @@ def named_text(name: str) -> tuple[str, str, str, str | None]:
             )
         return content.decode(), source, language, None
     try:
-        folder = Path(constants.HF_HOME, "nanogpt_hf")
-        parts = [fetch(url, part_sha256, folder) for url, part_sha256 in _DOWNLOADS[name]]
+        folder, offline = Path(constants.HF_HOME, "nanogpt_hf"), constants.HF_HUB_OFFLINE
+        parts = [fetch(*download, folder, offline) for download in _DOWNLOADS[name]]
     except ConnectionError as error:
         plays = _installed_plays() if name == "tiny_shakespeare" else None
         if plays is None:
@@ -81,16 +81,16 @@ def named_text(name: str) -> tuple[str, str, str, str | None]:
     return text, source, language, None
 
 
-def fetch(url: str, sha256: str, folder: Path) -> str:
+def fetch(url: str, sha256: str, folder: Path, offline: bool) -> str:
     """Text of a pinned download, kept in `folder`; ConnectionError says in a few words why there is none."""
     import pooch
     import requests
 
     def downloader(url: str, output_file: str, pooch_: object) -> None:
-        if constants.HF_HUB_OFFLINE:
+        if offline:
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        # Looking up the host has no time limit, and each of its addresses gets a connection's whole limit. So a
-        # thread asks first, and is not waited for beyond the time a working network needs.
+        # Looking up the host has no time limit, and each of its addresses gets a connection's whole limit. So
+        # a thread asks first, and is not waited for beyond the time a working network needs.
         answers = []
 
         def ask() -> None:
@@ -126,7 +126,7 @@ def tiny_pushkin_text(onegin: str, lyrics: str) -> str:
 
 
 def _clean(text: str) -> str:
-    text = text.replace("\r\n", "\n").translate({0x200B: None, ord("\t"): None, 0xA0: " "})
+    text = text.translate({0x200B: None, ord("\t"): None, 0xA0: " "})
     text = re.sub(" +", " ", "\n".join(line.strip() for line in text.split("\n")))
     return re.sub("\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -17,6 +17,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -183,7 +184,6 @@ class HubServer:
         self.unknown: list[Request] = []
         self.errors: list[BaseException] = []
         self.lock = threading.RLock()
-        self.closing = threading.Event()
         self._listener = _Listener(self)
         self.url = f"http://127.0.0.1:{self._listener.server_port}"
 
@@ -192,7 +192,6 @@ class HubServer:
         return self
 
     def __exit__(self, *_) -> None:
-        self.closing.set()
         self._listener.shutdown()
         self._listener.server_close()
         self._listener.disconnect_all()
@@ -597,7 +596,7 @@ class _Connection(BaseHTTPRequestHandler):
         self.token = hub.tokens.get(bearer)
         body = self._read(half=bool(fault and fault.reset))
         if fault and fault.delay:
-            hub.closing.wait(fault.delay)
+            time.sleep(fault.delay)
         if fault and fault.reset:
             return self._cut(body)
         if fault and fault.status is not None:
