@@ -24,7 +24,9 @@ setup(
         "matplotlib>=3.9",
         "numpy>=1.26",
         "pooch>=1.8",
+        "pydivsufsort>=0.0.20",
         "pyyaml>=6.0",
+        "requests>=2.32",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -1,6 +1,8 @@
 """The loss over a whole split, and the units in which models with different tokenizers compare."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,19 @@ class SplitLoss:
         return self.nats / math.log(2) / self.bytes
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off, and float32 as in the saved checkpoint: accelerate's autocast, a wrapped forward, is set aside."""
+    was_training, autocast = model.training, model.__dict__.pop("forward", None)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        if autocast is not None:
+            model.forward = autocast
+
+
 @torch.no_grad()
 def evaluate_split(
     model: PreTrainedModel, stream: TokenStream, documents: list[str], batch_size: int, accelerator: Accelerator
@@ -48,16 +63,14 @@ def evaluate_split(
         documents: the text that the stream encodes, to count characters and bytes.
         batch_size: windows a process computes at once.
     """
-    was_training = model.training
-    model.eval()
     nats = torch.zeros((), dtype=torch.float64 if stream.device.type != "mps" else torch.float32)
     numbers = np.arange(accelerator.process_index, stream.windows(), accelerator.num_processes)
-    for start in range(0, len(numbers), batch_size):
-        x, y = stream.window_batch(numbers[start : start + batch_size])
-        logits = model(input_ids=x, use_cache=False).logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100, reduction="none")
-        nats = nats.to(losses.device) + losses.sum(dtype=nats.dtype)
-    model.train(was_training)
+    with evaluating(accelerator.unwrap_model(model)):
+        for start in range(0, len(numbers), batch_size):
+            x, y = stream.window_batch(numbers[start : start + batch_size])
+            logits = model(input_ids=x, use_cache=False).logits
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100, reduction="none")
+            nats = nats.to(losses.device) + losses.sum(dtype=nats.dtype)
     nats = accelerator.reduce(nats.to(stream.device), reduction="sum").item()
     return SplitLoss(
         nats=nats,

@@ -30,7 +30,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         raise ValueError("--bf16 is set, but this GPU has no bfloat16: use --fp16 or neither.")
     bf16 = settings.bf16
     if bf16 is None:
-        bf16 = device == "cuda" and not settings.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = not settings.fp16 and has_fast_bf16(device)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     if device == "cpu":
@@ -41,6 +41,13 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         log_with=settings.report_to or None,
         project_dir=settings.output_dir,
     )
+
+
+def has_fast_bf16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself, and faster than float32 ones."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def use_all_cores() -> None:

@@ -40,6 +40,7 @@ def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
         corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
     set_seed(settings.seed)
     tokenizer, model = make_tokenizer_and_model(settings, corpus)
+    model.set_attn_implementation(settings.attn_implementation)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     describe(accelerator, settings, corpus, tokenizer, model, reason)

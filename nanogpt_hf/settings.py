@@ -48,6 +48,7 @@ class TrainingSettings:
     resid_pdrop: float | None = setting(None, "dropout at the end of every residual branch")
     embd_pdrop: float | None = setting(None, "dropout after the embeddings")
     attn_pdrop: float | None = setting(None, "dropout of the attention weights")
+    attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "attention kernel: torch's fused one, or plain matmuls")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
 
     # Run folder

@@ -15,6 +15,7 @@ from nanogpt_hf.settings import TrainingSettings, parse, run_recipe
 DEFAULTS = {
     "cpu": dict(
         architecture="modern",
+        attn_implementation="eager",
         dropout=0.0,
         optim="muon",
         muon_learning_rate=0.03,

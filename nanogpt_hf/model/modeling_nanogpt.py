@@ -24,9 +24,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_nanogpt import NanoGPTConfig
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm (Zhang and Sennrich 2019), computed in float32 whatever comes in, as Qwen3's."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
 def make_norm(config: NanoGPTConfig, size: int) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(size, eps=config.layer_norm_epsilon)
+        return RMSNorm(size, eps=config.layer_norm_epsilon)
     return nn.LayerNorm(size, eps=config.layer_norm_epsilon, bias=config.bias)
 
 
