@@ -4,6 +4,7 @@ A checkpoint folder holds the model as transformers saves it, the optimisers' st
 of the run in JSON, and a manifest of every file's size and SHA-256. It is written under another name and renamed.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -68,11 +70,21 @@ def _staging(parent: Path) -> Path:
 
 
 @contextmanager
+def _disk_errors() -> Iterator[None]:
+    """safetensors reports a full disk in an exception of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"the weights could not be written ({error})") from error
+
+
+@contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes its name only when it is complete and on the disk."""
     staging = _staging(folder.parent)
     try:
-        yield staging
+        with _disk_errors():
+            yield staging
         files = sorted(path for path in staging.iterdir() if path.is_file())
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -93,7 +105,8 @@ def files_written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write files into, which then replace those of the same name in `folder`, each at once."""
     staging = _staging(folder)
     try:
-        yield staging
+        with _disk_errors():
+            yield staging
         for path in sorted(staging.iterdir()):
             _sync(path)
             os.replace(path, folder / path.name)
@@ -181,24 +194,26 @@ def save_checkpoint(accelerator: Accelerator, model, optimizers, tokenizer, prog
             for name, value in values.items()
         }
         save_file(tensors, staging / "optimizer.safetensors")
-        record = asdict(progress) | {"param_groups": state["param_groups"]}
-        (staging / "progress.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (staging / "progress.json").write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
 
 
 def read_progress(folder: Path) -> Progress:
-    record = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    record.pop("param_groups")
-    return Progress(**record)
+    """Raises ValueError when the file is not one that this version writes."""
+    try:
+        return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} has no progress.json of this version: it cannot be resumed.") from error
 
 
 def load_checkpoint(model, optimizers, folder: Path) -> None:
-    """Put a checkpoint's weights and optimiser state into a prepared model and its optimisers."""
+    """Put a checkpoint's weights and optimiser state into a prepared model and its optimisers.
+
+    Learning rates and the like stay as the optimisers were made: they are settings, not state.
+    """
     load_weights(model.module if hasattr(model, "module") else model, folder)
-    record = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     state: dict[str, dict] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         parameter, name = key.rsplit("/", 1)
         state.setdefault(parameter, {})[name] = tensor
-    set_optimizer_state_dict(
-        model, optimizers, {"state": state, "param_groups": record["param_groups"]}, options=FULL_ON_CPU
-    )
+    groups = get_optimizer_state_dict(model, optimizers, options=FULL_ON_CPU)["param_groups"]
+    set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=FULL_ON_CPU)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
@@ -87,7 +86,7 @@ class _Writer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]):
         self.backend, self.eos, self.stop = tokenizer.backend_tokenizer, tokenizer.eos_token_id, stop
-        self.stream = DecodeStream(skip_special_tokens=True)
+        self.undecoded: list[int] = []
         self.text, self.given, self.ended = "", 0, False
 
     def add(self, token: int) -> None:
@@ -96,7 +95,11 @@ class _Writer:
         if token == self.eos:
             self.ended = True
             return
-        self.text += self.stream.step(self.backend, token) or ""
+        # A character may be spelt in up to four tokens; a model may also begin one and not finish it.
+        self.undecoded.append(token)
+        piece = self.backend.decode(self.undecoded)
+        if not piece.endswith("\ufffd") or len(self.undecoded) >= 4:
+            self.text, self.undecoded = self.text + piece, []
         places = [place for word in self.stop if (place := self.text.find(word)) >= 0]
         if places:
             self.text, self.ended = self.text[: min(places)], True

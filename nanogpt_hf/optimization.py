@@ -39,6 +39,9 @@ def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.
         optimizers.append(
             torch.optim.Muon(muon, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay)
         )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
     return optimizers
 
 
@@ -73,4 +76,4 @@ def make_schedule(settings: TrainingSettings) -> Callable[[int], float]:
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            group["lr"] = group["initial_lr"] * factor

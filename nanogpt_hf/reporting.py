@@ -126,7 +126,7 @@ class RunLog:
         self.bar.update()
 
     def check(self, step: int) -> dict[str, float]:
-        """train_loss (over all processes) and grad_norm of the newest step.
+        """train_loss (over all processes) and grad_norm of the newest step, and tokens_per_s since the last line.
 
         Raises:
             ValueError: a loss or gradient since the last check was not finite.
@@ -142,14 +142,16 @@ class RunLog:
                     "--warmup_steps, or without --fp16; the checkpoints before it are good."
                 )
         loss, grad_norm = values[-1]
-        return {"train_loss": loss, "grad_norm": grad_norm / self.accelerator.num_processes}
+        return {
+            "train_loss": loss,
+            "grad_norm": grad_norm / self.accelerator.num_processes,
+            "tokens_per_s": self.interval_steps * self.tokens_per_step / (time.monotonic() - self.interval_start),
+        }
 
     def write(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl, and the same for the bar and the trackers."""
-        now = time.monotonic()
-        if self.interval_steps:
-            values["tokens_per_s"] = self.interval_steps * self.tokens_per_step / (now - self.interval_start)
         row = {"step": step, "tokens_seen": step * self.tokens_per_step, "elapsed_s": round(self.elapsed_s, 3)} | values
+        self.restart_clock()
         if not self.accelerator.is_main_process:
             return
         self.file.write(json.dumps(row) + "\n")

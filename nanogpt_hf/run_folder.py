@@ -76,9 +76,9 @@ def find_start(accelerator: Accelerator, settings: TrainingSettings, identity: d
             raise ValueError(
                 f"{checkpoint} belongs to another run: its {key} was {progress.identity.get(key)}, now it is {value}."
             )
-    if progress.step >= settings.max_steps:
+    if progress.step > settings.max_steps:
         raise ValueError(
-            f"{checkpoint} is at step {progress.step} and --max_steps is {settings.max_steps}: the run is complete."
+            f"{checkpoint} is at step {progress.step}, past --max_steps {settings.max_steps}: give more --max_steps."
         )
     return progress, checkpoint
 

@@ -209,15 +209,19 @@ def parse(
 
 
 def run_recipe(main: Callable[[], None]) -> None:
-    """Run a recipe's main: a user's mistake ends in one sentence and exit status 2, without a traceback.
+    """Run a recipe's main: a user's mistake ends in one sentence and exit status 2, a failing disk in 1.
 
     NANOGPT_HF_DEBUG=1 shows the traceback too.
     """
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("NANOGPT_HF_DEBUG") == "1":
             raise
+        if isinstance(error, ValueError):
+            message, status = str(error), 2
+        else:
+            message, status = f"{error}; a checkpoint written before this is whole.", 1
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(status)

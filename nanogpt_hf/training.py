@@ -52,6 +52,7 @@ def train(
     rate_factor = make_schedule(settings)
     identity = identity_of(settings, corpus, tokenizer, model, tokens_per_step=batch_size * T)
     progress, checkpoint = find_start(accelerator, settings, identity)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if accelerator.is_main_process:
         open_run_folder(settings, corpus, tokenizer, identity, fresh=checkpoint is None)
     accelerator.wait_for_everyone()
@@ -74,7 +75,8 @@ def train(
     if settings.eval_on_start and progress.step == 0:
         log.write(0, **evaluate())
     model.train()
-    ended = False
+    patience = settings.early_stopping_patience or float("inf")
+    ended = progress.step >= settings.max_steps or progress.evaluations_since_best >= patience
     with Interruption(settings.max_minutes) as interruption:
         while not ended:
             set_learning_rates(optimizers, rate_factor(progress.step))
@@ -107,7 +109,7 @@ def train(
                 measured = log.check(step) | {"learning_rate": settings.learning_rate * rate_factor(step - 1)}
             if step % settings.logging_steps == 0 or evaluation_due:
                 log.write(step, **measured, **(evaluate() if evaluation_due else {}))
-                ended |= progress.evaluations_since_best >= (settings.early_stopping_patience or float("inf"))
+                ended |= progress.evaluations_since_best >= patience
             if stop_or_save or ended:
                 progress.elapsed_s = log.elapsed_s
                 save_checkpoint(

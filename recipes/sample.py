@@ -1,0 +1,61 @@
+"""Write text with a model: a run folder, any causal language model's folder, or a Hub id.
+
+    python recipes/sample.py --model runs/tiny_shakespeare-char
+    python recipes/sample.py --model runs/tiny_shakespeare-char --prompt "ROMEO:" --max_new_tokens 2000
+    python recipes/sample.py --model openai-community/gpt2 --prompt "Once" --num_return_sequences 3 --stop "\\n\\n"
+
+Texts may be longer than the model's context: its window slides.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from nanogpt_hf.generation import generate_text, printable, stream_text
+from nanogpt_hf.loading import load_model_and_tokenizer
+from nanogpt_hf.settings import parse, run_recipe, setting
+
+
+@dataclass
+class SampleSettings:
+    model: str | None = setting(None, "folder or Hub id")
+    prompt: str = setting("\n", "text to continue; any character will do")
+    num_return_sequences: int = setting(1, "how many continuations")
+    max_new_tokens: int = setting(500, "length of each, in tokens")
+    temperature: float = setting(0.8, "0: always the likeliest token; 1: as the model has learned")
+    top_k: int | None = setting(None, "choose among the k likeliest tokens only")
+    top_p: float | None = setting(None, "choose among the likeliest tokens that hold this share of probability")
+    stop: list[str] = setting([], "end before the first of these strings")
+    seed: int | None = setting(None, "the same seed gives the same text")
+
+    def __post_init__(self):
+        if self.model is None:
+            raise ValueError("--model is missing: give a run folder or a Hub id.")
+        for name in ("num_return_sequences", "max_new_tokens", "top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature is {self.temperature}, it must be 0 or more.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p is {self.top_p}, it must be more than 0 and at most 1.")
+
+
+def main() -> None:
+    settings = parse(SampleSettings, __doc__)
+    model, tokenizer = load_model_and_tokenizer(settings.model)
+    options = {
+        name: getattr(settings, name)
+        for name in ("num_return_sequences", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")
+    }
+    if settings.num_return_sequences == 1:
+        sys.stdout.write(printable(settings.prompt))
+        for (piece,) in stream_text(model, tokenizer, settings.prompt, **options):
+            sys.stdout.write(printable(piece))
+            sys.stdout.flush()
+        print()
+        return
+    for number, text in enumerate(generate_text(model, tokenizer, settings.prompt, **options), start=1):
+        print(f"--- {number}\n{printable(settings.prompt + text)}")
+
+
+if __name__ == "__main__":
+    run_recipe(main)
