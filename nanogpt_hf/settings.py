@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 T = TypeVar("T")
 
@@ -127,6 +128,14 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
 
 class OneSentenceParser(HfArgumentParser):
+    """HfArgumentParser whose errors are ValueErrors, and whose `bool | None` settings are flags too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.type is string_to_bool:
+                action.nargs, action.const = "?", True
+
     def error(self, message):
         raise ValueError(f"{message[:1].lower()}{message[1:]}; --help lists every setting.")
 
@@ -184,7 +193,7 @@ def parse(
     argv = list(sys.argv[1:] if argv is None else argv)
     known = [item.name for item in fields(cls)]
     parser = OneSentenceParser(
-        cls, allow_abbrev=False, description=description, formatter_class=_HelpFormatter
+        cls, allow_abbrev=False, usage="%(prog)s [--SETTING VALUE …]", description=description, formatter_class=_HelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; a run.yaml is one")
 
@@ -198,12 +207,14 @@ def parse(
 
     actual = {name: parser.get_default(name) for name in known}
     parser.set_defaults(**dict.fromkeys(known))
-    said = {name: value for name, value in read(argv).items() if value is not None}
+    without_help = [word for word in argv if word not in ("-h", "--help")]
+    said = {name: value for name, value in read(without_help).items() if value is not None}
     from_file = _from_yaml(said.pop("config"), known) if "config" in said else {}
     parser.set_defaults(**actual)
     if callable(defaults):
         defaults = defaults(from_file | said)
-    values = read(_as_words(defaults) + _as_words(from_file) + argv)
+    parser.set_defaults(**read(_as_words(defaults) + _as_words(from_file)))  # so that --help shows them
+    values = read(argv)
     values.pop("config")
     return cls(**values)
 

@@ -1,0 +1,224 @@
+"""The recipes as a person meets them: what a run leaves, and what a mistake is answered."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--n_layer 2 --n_embd 32 --n_head 2 --n_positions 16 --per_device_train_batch_size 8 --max_steps 40 "
+    "--eval_steps 20 --save_steps 20 --logging_steps 10 --use_cpu"
+).split()
+RUSSIAN = "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил и лучше выдумать не мог.\n" * 30
+
+
+def run(recipe, *words):
+    """The recipe in this process, as a script; its exit status."""
+    before = sys.argv
+    sys.argv = [recipe, *map(str, words)]
+    try:
+        runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def launch(*words, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "onegin.txt"
+    path.write_text(RUSSIAN, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    assert run("pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY) == 0
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(run_folder):
+    names = {path.name for path in run_folder.iterdir()}
+    assert names >= set(
+        "config.json model.safetensors tokenizer.json tokenizer_config.json configuration_nanogpt.py "
+        "modeling_nanogpt.py README.md run.yaml metrics.jsonl loss_curve.png samples.txt checkpoints".split()
+    )
+    assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == ["step-20", "step-40"]
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert rows[1].keys() >= set(
+        "step tokens_seen elapsed_s train_loss eval_loss eval_bits_per_char learning_rate grad_norm tokens_per_s".split()
+    )
+    assert rows[-1]["tokens_seen"] == 40 * 8 * 16
+    assert rows[-1]["eval_loss"] < rows[1]["eval_loss"]
+    assert (run_folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_folder_is_an_ordinary_checkpoint(run_folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run_folder), AutoTokenizer.from_pretrained(run_folder)
+    assert tokenizer.decode(tokenizer(RUSSIAN).input_ids) == RUSSIAN
+    inputs = tokenizer("Мой дядя", return_tensors="pt")
+    options = dict(max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, use_cache=False, **options))
+
+
+def test_a_text_in_another_script_under_an_ascii_locale(text, tmp_path):
+    """The whole way in a process that could not even print the text by default."""
+    ascii_only = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    folder = tmp_path / "run"
+    done = launch("recipes/pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, **ascii_only)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "дя" in (folder / "samples.txt").read_text(encoding="utf-8") or any(
+        "а" <= c <= "я" for c in (folder / "samples.txt").read_text(encoding="utf-8")
+    )
+    done = launch("recipes/sample.py", "--model", folder, "--prompt", "Мой", "--seed", "1", **ascii_only)
+    assert done.returncode == 0, done.stderr.decode()
+    assert any("а" <= c <= "я" for c in done.stdout.decode("utf-8")[3:])
+
+
+def test_samples_longer_than_the_context_with_unseen_characters(run_folder, capsys):
+    assert run("sample.py", "--model", run_folder, "--prompt", "😀 ё Ω", "--max_new_tokens", 200, "--seed", 1) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("😀 ё Ω") and len(first) > 150
+    assert run("sample.py", "--model", run_folder, "--prompt", "😀 ё Ω", "--max_new_tokens", 200, "--seed", 1) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_streaming_and_whole_texts_are_the_same_and_stop(run_folder, capsys):
+    words = ["sample.py", "--model", run_folder, "--prompt", "он", "--max_new_tokens", 60, "--temperature", 0]
+    assert run(*words) == 0
+    streamed = capsys.readouterr().out.rstrip("\n")
+    assert run(*words, "--num_return_sequences", 2) == 0
+    _, first, second = capsys.readouterr().out.split("---")
+    assert first[3:].rstrip("\n") == second[3:].rstrip("\n") == streamed
+    stop = streamed[10:13]
+    assert run(*words, "--stop", stop) == 0
+    assert capsys.readouterr().out.rstrip("\n") == streamed[: streamed.index(stop, 2)]
+
+
+def test_a_failing_compiler_is_said_once_and_training_goes_on(text, tmp_path, capsys):
+    words = ["--torch_compile", "--torch_compile_backend", "no_such_backend"]
+    assert run("pretrain_char.py", "--corpus", text, "--output_dir", tmp_path / "run", *TINY, *words) == 0
+    assert capsys.readouterr().out.count("torch.compile failed") == 1
+
+
+def test_early_stopping_keeps_the_best_and_the_newest(text, tmp_path):
+    folder = tmp_path / "run"
+    words = ["--early_stopping_patience", "2", "--eval_steps", "5", "--max_steps", "400", "--learning_rate", "0.3"]
+    assert run("pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, *words, "--optim", "adamw") == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
+    best_step, last_step = min(losses)[1], losses[-1][1]
+    assert last_step == best_step + 10 < 400
+    assert (folder / "checkpoints" / f"step-{last_step}").is_dir()
+
+
+def bad_inputs(tmp_path, text, run_folder):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text(" \n\n ")
+    (tmp_path / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 100)
+    (tmp_path / "no_text").mkdir()
+    (tmp_path / "no_text" / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "short.txt").write_text("To be.")
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "rows.jsonl").write_text('{"body": "To be, or not to be"}\n')
+    (tmp_path / "bad.yaml").write_text("max_stepz: 3\n")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("do not touch")
+    corpus = ["--corpus", text]
+    return [
+        (["--corpus", tmp_path / "nowhere.txt"], "nowhere.txt"),
+        (["--corpus", tmp_path / "empty.txt"], "empty.txt"),
+        (["--corpus", tmp_path / "blank.txt"], "blank.txt"),
+        (["--corpus", tmp_path / "latin.txt"], "UTF-8"),
+        (["--corpus", tmp_path / "no_text"], "no_text"),
+        (["--corpus", tmp_path / "short.txt"], "one block takes"),
+        (["--corpus", tmp_path / "rows.jsonl"], "body"),
+        (["--corpus", "tiny_shakespear"], "tiny_shakespeare"),
+        ([*corpus, "--n_positions", "100000"], "smaller --n_positions"),
+        ([*corpus, "--max_steps", "-3"], "at least 1"),
+        ([*corpus, "--n_head", "5"], "multiple of n_head"),
+        ([*corpus, "--output_dir", tmp_path / "file"], "is a file"),
+        ([*corpus, "--output_dir", tmp_path / "used"], "--overwrite_output_dir"),
+        ([*corpus, "--resume_from_checkpoint", "last"], "no good checkpoint"),
+        ([*corpus, "--preset", "gpt5"], "no preset 'gpt5'"),
+        ([*corpus, "--tokenizer", tmp_path / "no_text"], "no tokenizer can be loaded"),
+        ([*corpus, "--tokenizer", "bpe", "--vocab_size", "100"], "at least 257"),
+        ([*corpus, "--model_name_or_path", tmp_path / "mismatch"], "do not belong together"),
+        ([*corpus, "--report_to", "excel"], "not a tracker"),
+        ([*corpus, "--lr_scheduler_type", "zigzag"], "not one of"),
+        ([*corpus, "--config", tmp_path / "bad.yaml"], "did you mean max_steps"),
+        ([*corpus, "--max_stepp", "3"], "did you mean --max_steps"),
+        ([*corpus, "--validation_split_percentage", "100"], "1 to 99"),
+        ([*corpus, "--fp16"], "needs a GPU"),
+    ]
+
+
+def test_bad_input_ends_in_one_sentence_with_nothing_written(tmp_path, text, run_folder, capsys, monkeypatch):
+    cases = bad_inputs(tmp_path, text, run_folder)
+    mismatch = AutoModelForCausalLM.from_pretrained(run_folder)
+    mismatch.resize_token_embeddings(100)
+    mismatch.save_pretrained(tmp_path / "mismatch")
+    AutoTokenizer.from_pretrained(run_folder).save_pretrained(tmp_path / "mismatch")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+
+    def everything():
+        return {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+
+    before = everything()
+    for words, message in cases:
+        words = [*TINY, *words] if "--output_dir" in words else [*TINY, "--output_dir", tmp_path / "out", *words]
+        status = run("pretrain_char.py", *words)
+        said = capsys.readouterr().err.strip()
+        assert status == 2, (words, status, said)
+        assert said.startswith("error: ") and "\n" not in said and message in said, (words, said)
+        assert everything() == before, words
+
+
+def test_bad_input_to_sample(tmp_path, run_folder, capsys):
+    for words, message in [
+        ([], "--model is missing"),
+        (["--model", tmp_path / "nowhere"], "nowhere"),
+        (["--model", run_folder, "--prompt", ""], "prompt is empty"),
+        (["--model", run_folder, "--temperature", "-1"], "0 or more"),
+        (["--model", run_folder, "--top_p", "2"], "at most 1"),
+    ]:
+        assert run("sample.py", *words) == 2
+        said = capsys.readouterr().err.strip()
+        assert message in said and "\n" not in said, said
+
+
+def test_one_and_two_processes_with_the_same_global_batch_give_the_same_losses(text, tmp_path):
+    losses = []
+    for processes, batch in ((1, 8), (2, 4)):
+        folder = tmp_path / f"run-{processes}"
+        done = launch(
+            *("-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", "0"),
+            *("recipes/pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, "--bf16", "false"),
+            *("--dropout", "0", "--per_device_train_batch_size", batch, "--max_steps", 10, "--logging_steps", 1),
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["train_loss"] for row in rows] + [row["eval_loss"] for row in rows if "eval_loss" in row])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert len(losses[0]) == 11

@@ -1,0 +1,77 @@
+"""The data order: a pure function that covers the text once an epoch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt_hf.token_stream import TokenStream, permute
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+@settings(max_examples=60, deadline=None)
+def test_permute_is_a_permutation(size, key):
+    assert sorted(permute(np.arange(size), size, np.uint64(key))) == list(range(size))
+
+
+def test_permutations_look_random():
+    places = np.array([permute(np.arange(100), 100, np.uint64(key)) for key in range(2000)])
+    counts = np.array([np.bincount(column.astype(int), minlength=100) for column in places.T])
+    assert counts.min() > 1 and counts.max() < 60  # mean 20: every place goes everywhere, nowhere often
+    assert abs(np.corrcoef(places[:, 0], places[:, 1])[0, 1]) < 0.1
+
+
+@given(length=st.integers(9, 400), block=st.integers(1, 8), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_reads_windows_side_by_side_without_replacement(length, block, seed):
+    stream = TokenStream(np.arange(length), block)
+    windows = stream.windows_per_epoch
+    for epoch in range(2):
+        starts = np.sort(stream.starts(seed, np.arange(windows) + epoch * windows))
+        assert starts[0] >= 0 and starts[-1] + block < length
+        assert (np.diff(starts) == block).all()
+    assert length - 1 - windows * block <= 2 * block  # little is left out, and another part each epoch
+
+
+def test_batch_is_pure_and_rows_agree_with_any_partition():
+    stream = TokenStream(np.arange(1000), 8)
+    x, y = stream.batch(seed=1, step=5, batch_size=12, rows=slice(None))
+    assert torch.equal(y, x + 1)
+    again = TokenStream(np.arange(1000), 8)
+    for parts in (2, 3, 12):
+        rows = [again.batch(1, 5, 12, np.arange(rank, 12, parts))[0] for rank in range(parts)]
+        assert torch.equal(torch.cat(rows).sort(dim=0).values, x.sort(dim=0).values)
+    assert not torch.equal(x, stream.batch(2, 5, 12, slice(None))[0])
+    assert not torch.equal(x, stream.batch(1, 6, 12, slice(None))[0])
+
+
+@given(length=st.integers(10, 300), block=st.integers(1, 9), batch=st.integers(1, 7))
+@settings(max_examples=50, deadline=None)
+def test_evaluation_windows_predict_every_token_once(length, block, batch):
+    stream = TokenStream(np.arange(length), block)
+    seen = []
+    for start in range(0, stream.windows(), batch):
+        x, y = stream.window_batch(np.arange(start, min(start + batch, stream.windows())))
+        real = y != -100
+        assert torch.equal(y[real], x[real] + 1)
+        seen += y[real].tolist()
+    assert seen == list(range(1, length))
+
+
+def test_memory_map_gives_the_same_batches(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 50_000, 5000).astype(np.uint16)
+    ids.tofile(tmp_path / "ids.bin")
+    mapped = np.memmap(tmp_path / "ids.bin", dtype=np.uint16, mode="r")
+    for step in range(3):
+        for a, b in zip(
+            TokenStream(ids, 16).batch(0, step, 4, slice(None)),
+            TokenStream(mapped, 16).batch(0, step, 4, slice(None)),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_too_short_a_text_says_what_to_do():
+    with pytest.raises(ValueError, match="10 tokens, but one block takes 11.*smaller --n_positions"):
+        TokenStream(np.arange(10), 10)
