@@ -8,11 +8,13 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerFast
 
 MANIFEST = "manifest.json"
+NEEDED = ("optimizer.safetensors", "progress.json")  # the weights' file has several names
 FULL_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -38,11 +41,13 @@ class Progress:
     best_step: int | None = None
     evaluations_since_best: int = 0
     elapsed_s: float = 0.0
+    # Names the run to trackers, so that going on is not a second run there.
+    run_id: str = field(default_factory=lambda: secrets.token_hex(4))
     # What must be the same to go on: corpus, tokenizer, model, seed, tokens a step.
     identity: dict = field(default_factory=dict)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,7 +57,7 @@ def _sync(path: Path) -> None:
 
 def _sync_folder(path: Path) -> None:
     if os.name == "posix":  # Windows cannot open a folder, and commits renames by itself
-        _sync(path)
+        sync(path)
 
 
 def _sha256(path: Path) -> str:
@@ -60,10 +65,26 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def delete(path: Path) -> None:
+    """Delete a file, a folder, or a link but not what it leads to; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _delete_at_once(folder: Path) -> None:
+    """A checkpoint that is cut short while it is deleted must not look like a damaged one."""
+    aside = folder.with_name(f".unfinished-{folder.name}")
+    delete(aside)
+    folder.rename(aside)
+    delete(aside)
+
+
 def _staging(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     for left_over in parent.glob(".unfinished-*"):
-        shutil.rmtree(left_over)
+        delete(left_over)
     staging = parent / f".unfinished-{os.getpid()}"
     staging.mkdir()
     return staging
@@ -71,11 +92,13 @@ def _staging(parent: Path) -> Path:
 
 @contextmanager
 def _disk_errors() -> Iterator[None]:
-    """safetensors reports a full disk in an exception of its own."""
+    """safetensors reports a full disk in an exception of its own, tokenizers in a bare one."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(errno.EIO, f"the weights could not be written ({error})") from error
+    except Exception as error:
+        if isinstance(error, SafetensorError) or "(os error " in str(error):
+            raise OSError(errno.EIO, f"the model could not be written ({error})") from error
+        raise
 
 
 @contextmanager
@@ -89,10 +112,10 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in [*files, staging / MANIFEST]:
-            _sync(path)
+            sync(path)
         _sync_folder(staging)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if os.path.lexists(folder):
+            _delete_at_once(folder)
         staging.rename(folder)
         _sync_folder(folder.parent)
     except BaseException:
@@ -108,7 +131,7 @@ def files_written_whole(folder: Path) -> Iterator[Path]:
         with _disk_errors():
             yield staging
         for path in sorted(staging.iterdir()):
-            _sync(path)
+            sync(path)
             os.replace(path, folder / path.name)
         _sync_folder(folder)
     finally:
@@ -119,22 +142,34 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
-                return f"{name} does not have the SHA-256 of the manifest"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or cannot be read"
+    for name in NEEDED:
+        if name not in expected:
+            return f"{name} is missing"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if Path(name).name != name:
+            return f"{MANIFEST} names {name!r}, which is not a file of the checkpoint"
+        if not path.is_file():
+            return f"{name} is missing"
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if _sha256(path) != digest:
+                return f"{name} does not have the SHA-256 of the manifest"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
 def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint, -1 for all other names."""
     number = folder.name.removeprefix("step-")
-    return int(number) if number.isascii() and number.isdigit() else -1
+    return (
+        int(number) if number.isascii() and number.isdigit() and folder.name == f"step-{int(number)}" else -1
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -153,10 +188,26 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. The newest has just been written, so a good one stays."""
-    for path in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
+def prune(newest: Path, keep: int) -> None:
+    """Delete the checkpoints beside the one just written, all but the `keep` newest good ones of this run.
+
+    A damaged one does not count as one that is kept. Those of later steps are of a course that the run has left
+    by going on from an earlier one.
+    """
+    older = []
+    for path in reversed(list_checkpoints(newest.parent)):
+        if step_of(path) > step_of(newest):
+            _delete_at_once(path)
+        elif path != newest:
+            older.append(path)
+    kept = 1
+    for number, path in enumerate(older):
+        if kept == keep:
+            _delete_at_once(path)
+        elif len(older) - number <= keep - kept:
+            break  # few enough are left, good or not
+        elif damage(path) is None:
+            kept += 1
 
 
 def save_model(accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -168,19 +219,34 @@ def save_model(accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerFa
 
 
 def load_weights(model, folder: Path) -> None:
-    """The weights that `save_model` wrote, into a model of the same shape."""
-    if (folder / "adapter_model.safetensors").exists():
-        from peft import set_peft_model_state_dict
+    """The weights that `save_model` wrote, into a model of the same shape.
 
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-        return
-    result = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    missing = set(result.missing_keys) - set(model._tied_weights_keys or ())
-    if missing or result.unexpected_keys:
-        raise ValueError(f"{folder} holds the weights of another model ({sorted(missing | set(result.unexpected_keys))[0]}).")
+    Raises:
+        ValueError: they cannot be read, or are another model's.
+    """
+    adapter = (folder / "adapter_model.safetensors").exists()
+    path = folder / ("adapter_model.safetensors" if adapter else "model.safetensors")
+    try:
+        if adapter:
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(model, load_file(path))
+            return
+        result = model.load_state_dict(load_file(path), strict=False)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be loaded into this model ({_brief(error)}).") from error
+    wrong = set(result.missing_keys) - set(model._tied_weights_keys or ()) | set(result.unexpected_keys)
+    if wrong:
+        raise ValueError(f"{path} holds the weights of another model ({min(wrong)}).")
 
 
-def save_checkpoint(accelerator: Accelerator, model, optimizers, tokenizer, progress: Progress, folder: Path) -> None:
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def save_checkpoint(
+    accelerator: Accelerator, model, optimizers, tokenizer, progress: Progress, folder: Path
+) -> None:
     """Everything to go on from progress.step. Every process calls it, the first one writes."""
     state = get_optimizer_state_dict(model, optimizers, options=FULL_ON_CPU)
     if not accelerator.is_main_process:
@@ -200,20 +266,34 @@ def save_checkpoint(accelerator: Accelerator, model, optimizers, tokenizer, prog
 def read_progress(folder: Path) -> Progress:
     """Raises ValueError when the file is not one that this version writes."""
     try:
-        return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+        progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+        fits = all(
+            isinstance(getattr(progress, name), hint) for name, hint in get_type_hints(Progress).items()
+        )
+        if not fits or progress.step < 0:
+            raise ValueError("a value of the wrong type")
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} has no progress.json of this version: it cannot be resumed.") from error
+    return progress
 
 
 def load_checkpoint(model, optimizers, folder: Path) -> None:
     """Put a checkpoint's weights and optimiser state into a prepared model and its optimisers.
 
     Learning rates and the like stay as the optimisers were made: they are settings, not state.
+
+    Raises:
+        ValueError: weights or state are not of this model and these optimisers.
     """
     load_weights(model.module if hasattr(model, "module") else model, folder)
-    state: dict[str, dict] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
-        parameter, name = key.rsplit("/", 1)
-        state.setdefault(parameter, {})[name] = tensor
     groups = get_optimizer_state_dict(model, optimizers, options=FULL_ON_CPU)["param_groups"]
-    set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=FULL_ON_CPU)
+    state: dict[str, dict] = {}
+    try:
+        for key, tensor in load_file(folder / "optimizer.safetensors").items():
+            parameter, name = key.rsplit("/", 1)
+            state.setdefault(parameter, {})[name] = tensor
+        set_optimizer_state_dict(
+            model, optimizers, {"state": state, "param_groups": groups}, options=FULL_ON_CPU
+        )
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds the state of other optimisers ({_brief(error)}).") from error

@@ -18,6 +18,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, errors
 
 from .named_corpora import NAMES, named_text
+from .safe_text import without_home
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _NEVER_A_HUB_ID = (*_SUFFIXES, ".text", ".md", ".json", ".csv", ".tsv", ".gz", ".zip", ".zst", ".xz", ".bz2")
@@ -27,7 +28,7 @@ _NEVER_A_HUB_ID = (*_SUFFIXES, ".text", ".md", ".json", ".csv", ".tsv", ".gz", "
 class Corpus:
     """Train and validation documents of one corpus, and where they come from."""
 
-    name: str  # as the user gave it
+    name: str  # as the user gave it, but for the path of the home
     train: list[str] = field(repr=False)  # documents; a single text is one document
     validation: list[str] = field(repr=False)
     sha256: str  # of the whole text in UTF-8, a byte 0xFF between documents; so a single text has its file's
@@ -75,7 +76,7 @@ def load_corpus(corpus: str, validation_split_percentage: int = 10, text_column:
                 f"The {name} split of {corpus} holds no text; give more text or another percentage."
             )
     return Corpus(
-        corpus,
+        without_home(corpus),
         splits["train"],
         splits["validation"],
         sha256,
@@ -214,7 +215,7 @@ def _read_jsonl(path: Path, text_column: str) -> list[str]:
             where = f"Line {number} of {path.name}"
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON in UTF-8.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{where} is not a JSON object.")

@@ -51,25 +51,43 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def _losses(
+    model: torch.nn.Module, stream: TokenStream, numbers: np.ndarray, batch_size: int, stride: int | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of some windows of the stream, batch by batch: nats (B T), and whether they count (B T)."""
+    for start in range(0, len(numbers), batch_size):
+        x, y = stream.window_batch(numbers[start : start + batch_size], stride)
+        logits = model(input_ids=x, use_cache=False).logits
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100, reduction="none"
+        )
+        yield losses.view(y.shape), y != -100
+
+
 def evaluate_split(
-    model: PreTrainedModel, stream: TokenStream, documents: list[str], batch_size: int, accelerator: Accelerator
+    model: PreTrainedModel,
+    stream: TokenStream,
+    documents: list[str],
+    batch_size: int,
+    accelerator: Accelerator,
+    stride: int | None = None,
 ) -> SplitLoss:
-    """Loss over every token of the stream but its first, in windows of the context length side by side.
+    """Loss over every token of the stream but its first, each counted once, in windows of T tokens.
 
     Every process takes its share of the windows. The result depends neither on batch_size nor on the number
     of processes: losses are summed in float64, token by token.
 
     Args:
-        documents: the text that the stream encodes, to count characters and bytes.
+        documents: the text that the stream encodes, to count characters and bytes. The first token's are
+            among them, though it is given and not predicted.
         batch_size: windows a process computes at once.
+        stride: tokens from one window to the next. Less than T makes windows overlap, so that every token is
+            predicted from at least T - stride before it, where there are so many; the default is T.
     """
     nats = torch.zeros((), dtype=torch.float64 if stream.device.type != "mps" else torch.float32)
-    numbers = np.arange(accelerator.process_index, stream.windows(), accelerator.num_processes)
+    numbers = np.arange(accelerator.process_index, stream.windows(stride), accelerator.num_processes)
     with evaluating(accelerator.unwrap_model(model)):
-        for start in range(0, len(numbers), batch_size):
-            x, y = stream.window_batch(numbers[start : start + batch_size])
-            logits = model(input_ids=x, use_cache=False).logits
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100, reduction="none")
+        for losses, _ in _losses(model, stream, numbers, batch_size, stride):
             nats = nats.to(losses.device) + losses.sum(dtype=nats.dtype)
     nats = accelerator.reduce(nats.to(stream.device), reduction="sum").item()
     return SplitLoss(
@@ -78,3 +96,12 @@ def evaluate_split(
         characters=sum(map(len, documents)),
         bytes=sum(len(document.encode()) for document in documents),
     )
+
+
+def token_losses(
+    model: PreTrainedModel, stream: TokenStream, batch_size: int, stride: int | None
+) -> np.ndarray:
+    """Nats of every token of the stream but its first, in order; the arguments are those of `evaluate_split`."""
+    with evaluating(model):
+        batches = _losses(model, stream, np.arange(stream.windows(stride)), batch_size, stride)
+        return np.concatenate([losses[counts].double().cpu().numpy() for losses, counts in batches])

@@ -16,14 +16,6 @@ from transformers import (
 from .tokenization import encode
 
 
-def printable(text: str) -> str:
-    """The text with control characters spelt out, so that no model's output can drive a terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" or c.isspace() and ord(c) > 0x9F else c.encode("unicode_escape").decode()
-        for c in text
-    )
-
-
 def _warpers(model: PreTrainedModel, temperature: float, top_k: int | None, top_p: float | None):
     warpers = LogitsProcessorList()
     if model.generation_config.suppress_tokens:

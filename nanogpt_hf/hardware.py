@@ -1,9 +1,11 @@
 """What the machine has, and an Accelerator that uses it."""
 
 import os
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from .settings import TrainingSettings
 
@@ -39,7 +41,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         cpu=device == "cpu",
         mixed_precision="fp16" if settings.fp16 else "bf16" if bf16 else "no",
         log_with=settings.report_to or None,
-        project_dir=settings.output_dir,
+        project_config=ProjectConfiguration(logging_dir=os.path.join(settings.output_dir or "", "trackers")),
     )
 
 
@@ -54,7 +56,9 @@ def use_all_cores() -> None:
     """`accelerate launch` gives a lone CPU process one thread unless it is told otherwise; take them all."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
 
 
 def describe_device(accelerator: Accelerator) -> str:
@@ -67,3 +71,18 @@ def describe_device(accelerator: Accelerator) -> str:
     count = accelerator.num_processes
     precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
     return f"{name}{f' x {count} processes' if count > 1 else ''}, {precision}"
+
+
+def choose_defaults(by_preset: Mapping[str, Mapping]) -> Callable[[Mapping], Mapping]:
+    """A recipe's defaults for the size that suits the hardware, as `parse` takes them.
+
+    Args:
+        by_preset: defaults of the presets `cpu` (taken without a GPU) and `baby` (with one, and for all others).
+    """
+
+    def defaults(said: Mapping) -> Mapping:
+        without_gpu = device_type(bool(said.get("use_cpu"))) == "cpu"
+        preset = said.get("preset") or ("cpu" if without_gpu else "baby")
+        return {"preset": preset} | by_preset.get(preset, by_preset["baby"])
+
+    return defaults

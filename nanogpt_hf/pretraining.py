@@ -10,12 +10,13 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from .checkpoints import Progress, load_weights
+from .checkpoints import Progress, files_written_whole, load_weights
 from .corpora import Corpus, load_corpus
-from .generation import generate_text, printable
+from .generation import generate_text
 from .hardware import describe_device, make_accelerator
 from .model import NanoGPTConfig, NanoGPTForCausalLM, preset_config
 from .reporting import check_trackers, draw_loss_curve, read_metrics, say
+from .safe_text import printable
 from .settings import TrainingSettings
 from .tokenization import make_tokenizer
 from .training import train
@@ -130,7 +131,8 @@ def finish(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model,
         model, tokenizer, "\n", num_return_sequences=3, max_new_tokens=500, temperature=0.8, seed=settings.seed
     )
     text = "\n\n---\n\n".join(sample.strip() for sample in samples) + "\n"
-    (folder / "samples.txt").write_text(text, encoding="utf-8")
+    with files_written_whole(folder) as staging:
+        (staging / "samples.txt").write_text(printable(text), encoding="utf-8")
     draw_loss_curve(folder / "loss_curve.png", read_metrics(folder / "metrics.jsonl"), f"{corpus.name}, {settings.tokenizer}")
     say(
         accelerator,

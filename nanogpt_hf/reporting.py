@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -16,6 +15,10 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from tqdm import tqdm
 
+from .checkpoints import Progress, files_written_whole, sync
+from .safe_text import printable
+from .settings import TrainingSettings, public_values
+
 LIBRARIES = "torch transformers tokenizers datasets accelerate peft safetensors huggingface_hub".split()
 
 
@@ -23,7 +26,7 @@ def say(accelerator: Accelerator, *lines: str) -> None:
     """Print from the first process, above the progress bar if there is one."""
     if accelerator.is_main_process:
         for line in lines:
-            tqdm.write(line, file=sys.stdout)
+            tqdm.write(printable(line), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -48,13 +51,12 @@ def check_trackers(names: list[str]) -> None:
             raise ValueError(f"--report_to {name} is not installed: pip install {name}.")
 
 
-def write_yaml(path: Path, settings: dict, record: dict) -> None:
+def write_yaml(folder: Path, settings: dict, record: dict) -> None:
     """run.yaml: every setting, so that `--config run.yaml` repeats the run, and under `record` what it met."""
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     text += yaml.safe_dump({"record": record}, sort_keys=False, allow_unicode=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with files_written_whole(folder) as staging:
+        (staging / "run.yaml").write_text(text, encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -63,37 +65,55 @@ def read_metrics(path: Path) -> list[dict]:
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
     return rows
+
+
+def not_finite(what: str, step: int) -> str:
+    return (
+        f"the {what} was not finite at step {step}: try half the learning rate, more --warmup_steps, or without "
+        "--fp16; the checkpoints before it are good."
+    )
+
+
+def same_run(settings: TrainingSettings, progress: Progress) -> dict[str, dict]:
+    """What makes each tracker go on with the run that it knows, where it can, instead of beginning another."""
+    name = f"{Path(settings.output_dir).name}-{progress.run_id}"
+    return {
+        "trackio": {"name": name, "resume": "allow"},
+        "wandb": {"name": name, "id": progress.run_id, "resume": "allow"},
+        "tensorboard": {"purge_step": progress.step + 1} if progress.step else {},
+    }
 
 
 class RunLog:
     """Losses on their way to the progress bar, metrics.jsonl and the trackers; only the first process writes.
 
     Args:
-        folder: the run folder.
-        step: where the run goes on; later lines of metrics.jsonl are dropped, to be written again.
-        elapsed_s: seconds that the run has taken before.
+        progress: where the run goes on; later lines of metrics.jsonl are dropped, to be written again.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, settings, tokens_per_step: int, step: int, elapsed_s: float):
+    def __init__(
+        self, accelerator: Accelerator, settings: TrainingSettings, tokens_per_step: int, progress: Progress
+    ):
         self.accelerator, self.settings, self.tokens_per_step = accelerator, settings, tokens_per_step
-        self.path = folder / "metrics.jsonl"
+        self.path = Path(settings.output_dir) / "metrics.jsonl"
         self.losses: list[torch.Tensor] = []
         self.shown = {}
-        self.started = time.monotonic() - elapsed_s
-        self.interval_start, self.interval_steps = time.monotonic(), 0
+        self.started = time.perf_counter() - progress.elapsed_s
+        self.interval_start, self.interval_steps = time.perf_counter(), 0
         if accelerator.is_main_process:
-            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            temporary = self.path.with_name(".metrics.jsonl")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
-            self.file = self.path.open("a", encoding="utf-8", buffering=1)
+            kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= progress.step]
+            with files_written_whole(self.path.parent) as staging:
+                (staging / self.path.name).write_text("".join(kept), encoding="utf-8")
         self.bar = tqdm(
             total=settings.max_steps,
-            initial=step,
+            initial=progress.step,
             disable=not (accelerator.is_main_process and sys.stderr.isatty()),
             unit="step",
             dynamic_ncols=True,
@@ -101,11 +121,8 @@ class RunLog:
         )
         self.trackers = bool(settings.report_to)
         if self.trackers:
-            self._tracked(
-                lambda: accelerator.init_trackers(
-                    "nanogpt_hf", config={k: v for k, v in vars(settings).items() if isinstance(v, (int, float, str))}
-                )
-            )
+            config = {k: v for k, v in public_values(settings).items() if isinstance(v, (int, float, str))}
+            self._tracked(lambda: accelerator.init_trackers("nanogpt_hf", None if progress.step else config, same_run(settings, progress)))
 
     def _tracked(self, action) -> None:
         """A tracker that fails is given up with a sentence; the run goes on."""
@@ -113,11 +130,12 @@ class RunLog:
             action()
         except Exception as error:
             self.trackers = False
+            self.accelerator.trackers = []
             say(self.accelerator, f"warning: a tracker failed and is given up ({type(error).__name__}: {error}).")
 
     @property
     def elapsed_s(self) -> float:
-        return time.monotonic() - self.started
+        return time.perf_counter() - self.started
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Note a step's loss and gradient norm, still on their device."""
@@ -137,15 +155,12 @@ class RunLog:
         for number, (loss, grad_norm) in enumerate(values):
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 what = "loss" if not math.isfinite(loss) else "gradient"
-                raise ValueError(
-                    f"the {what} was not finite at step {first + number}: try half the learning rate, more "
-                    "--warmup_steps, or without --fp16; the checkpoints before it are good."
-                )
+                raise ValueError(not_finite(what, first + number))
         loss, grad_norm = values[-1]
         return {
             "train_loss": loss,
             "grad_norm": grad_norm / self.accelerator.num_processes,
-            "tokens_per_s": self.interval_steps * self.tokens_per_step / (time.monotonic() - self.interval_start),
+            "tokens_per_s": self.interval_steps * self.tokens_per_step / (time.perf_counter() - self.interval_start),
         }
 
     def write(self, step: int, **values: float) -> None:
@@ -154,7 +169,9 @@ class RunLog:
         self.restart_clock()
         if not self.accelerator.is_main_process:
             return
-        self.file.write(json.dumps(row) + "\n")
+        # Closed each time: a full disk is met here and not at exit.
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         self.shown |= values
         labels = {"train_loss": "loss {:.3f}", "eval_loss": "val {:.3f}", "tokens_per_s": "{:,.0f} tok/s"}
         shown = ", ".join(text.format(self.shown[name]) for name, text in labels.items() if name in self.shown)
@@ -164,14 +181,17 @@ class RunLog:
         if self.trackers:
             self._tracked(lambda: self.accelerator.log(values, step=step))
 
+    def sync(self) -> None:
+        """Put the lines on the disk, so that a checkpoint written after them never survives without them."""
+        if self.accelerator.is_main_process:
+            sync(self.path)
+
     def restart_clock(self) -> None:
         """Leave what has happened since the last line out of tokens_per_s."""
-        self.interval_start, self.interval_steps = time.monotonic(), 0
+        self.interval_start, self.interval_steps = time.perf_counter(), 0
 
     def close(self) -> None:
         self.bar.close()
-        if self.accelerator.is_main_process:
-            self.file.close()
         if self.trackers:
             self._tracked(self.accelerator.end_training)
 
@@ -202,6 +222,5 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
     axes.set(title=title, xlabel="step", ylabel="loss, nats a token")
     axes.legend()
     axes.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with files_written_whole(path.parent) as staging:
+        figure.savefig(staging / path.name, dpi=120)

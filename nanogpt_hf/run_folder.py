@@ -1,24 +1,30 @@
 """The folder of a run: what may be written there, where to go on, and what lies in it at the end."""
 
 import hashlib
+import json
 import math
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .checkpoints import Progress, damage, newest_good, read_progress
+from .checkpoints import Progress, damage, delete, newest_good, read_progress
 from .corpora import Corpus
 from .reporting import library_versions, say, write_yaml
-from .settings import TrainingSettings
+from .settings import TrainingSettings, public_values
 
-# Everything that a run makes; --overwrite_output_dir deletes these and nothing else.
+# What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
 MADE_BY_A_RUN = (
-    "checkpoints README.md run.yaml metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
+    "checkpoints trackers README.md metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
     "model.safetensors adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json "
     "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py"
+).split()
+
+
+SHAPE = (
+    "architecture norm positions qk_norm mlp bias n_layer n_head n_embd n_inner n_positions vocab_size rope_theta "
+    "layer_norm_epsilon activation_function"
 ).split()
 
 
@@ -30,61 +36,131 @@ def identity_of(
     tokens_per_step: int,
 ) -> dict:
     """What must be the same for a run to go on as the same run."""
-    config = model.config.to_diff_dict()
-    sizes = {key: config[key] for key in ("architecture", "n_layer", "n_head", "n_embd", "n_positions") if key in config}
     return {
         "corpus": corpus.sha256,
         "validation_split_percentage": settings.validation_split_percentage,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "model": " ".join(f"{key}={value}" for key, value in sizes.items()),
+        **{field: getattr(model.config, field) for field in SHAPE if hasattr(model.config, field)},
         "optim": settings.optim,
         "seed": settings.seed,
         "tokens_per_step": tokens_per_step,
     }
 
 
-def find_start(accelerator: Accelerator, settings: TrainingSettings, identity: dict) -> tuple[Progress, Path | None]:
+def find_start(
+    accelerator: Accelerator, settings: TrainingSettings, identity: dict
+) -> tuple[Progress, Path | None]:
     """Where the run begins: at step 0, or at a checkpoint to load. Nothing is written.
 
     Raises:
-        ValueError: the folder cannot be written, holds something else, or holds another run than the one asked for.
+        ValueError: the folder cannot be used, holds something else, or holds another run than the one asked for.
     """
+    check_agreement(accelerator, identity)
     folder = Path(settings.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: give a folder.")
-    if settings.resume_from_checkpoint is None:
-        if folder.exists() and any(folder.iterdir()) and not settings.overwrite_output_dir:
-            raise ValueError(
-                f"--output_dir {folder} is not empty: go on with --resume_from_checkpoint last, replace it with "
-                "--overwrite_output_dir, or choose another folder."
-            )
-        return Progress(identity=identity), None
-
-    if settings.resume_from_checkpoint == "last":
-        checkpoint, complaints = newest_good(folder / "checkpoints")
-        say(accelerator, *(f"warning: {complaint}" for complaint in complaints))
-        if checkpoint is None:
-            raise ValueError(f"{folder / 'checkpoints'} holds no good checkpoint: start without --resume_from_checkpoint.")
-    else:
-        checkpoint = Path(settings.resume_from_checkpoint)
-        reason = damage(checkpoint)
-        if reason is not None:
-            raise ValueError(f"the checkpoint {checkpoint} is damaged ({reason}): use --resume_from_checkpoint last.")
+    try:
+        used = check_folder(folder, settings.overwrite_output_dir)
+        if settings.resume_from_checkpoint is None:
+            if used and not settings.overwrite_output_dir:
+                raise ValueError(
+                    f"--output_dir {folder} is not empty: go on with --resume_from_checkpoint last, replace it with "
+                    "--overwrite_output_dir, or choose another folder."
+                )
+            return Progress(identity=identity), None
+        checkpoint = find_checkpoint(accelerator, settings.resume_from_checkpoint, folder, used)
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {folder} cannot be read ({error.strerror}): give another folder."
+        ) from error
     progress = read_progress(checkpoint)
-    for key, value in identity.items():
-        if progress.identity.get(key) != value:
-            raise ValueError(
-                f"{checkpoint} belongs to another run: its {key} was {progress.identity.get(key)}, now it is {value}."
-            )
+    changed = [
+        f"{key} was {_short(progress.identity.get(key))} and is now {_short(value)}"
+        for key, value in identity.items()
+        if progress.identity.get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"{checkpoint} belongs to another run: {', '.join(changed)}.")
     if progress.step > settings.max_steps:
         raise ValueError(
             f"{checkpoint} is at step {progress.step}, past --max_steps {settings.max_steps}: give more --max_steps."
         )
+    if not any((folder / name).exists() for name in ("model.safetensors", "adapter_model.safetensors")):
+        progress.best_loss = progress.best_step = (
+            None  # the next evaluation's model is the best that there is
+        )
     return progress, checkpoint
 
 
+def check_agreement(accelerator: Accelerator, identity: dict) -> None:
+    """Raises ValueError when the processes are not about to make the same run."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
+    own = torch.tensor([int.from_bytes(digest[:7])], device=accelerator.device)
+    if accelerator.num_processes > 1 and (accelerator.gather(own) != own).any():
+        raise ValueError(
+            "the processes have read different texts, or were given different settings: start them again."
+        )
+
+
+def check_folder(folder: Path, overwrite: bool) -> bool:
+    """Whether there is something in the folder.
+
+    Raises:
+        ValueError: it is no folder, leads elsewhere, or overwriting it would delete what no run has made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: give a folder.")
+    if (folder / "checkpoints").is_symlink() and not overwrite:
+        raise ValueError(
+            f"{folder / 'checkpoints'} is a symbolic link: put the folder itself there, or let --output_dir be on "
+            "the other disk."
+        )
+    made = [name for name in MADE_BY_A_RUN if (folder / name).exists()]
+    if overwrite and made and not (folder / "run.yaml").exists():
+        raise ValueError(
+            f"--output_dir {folder} holds {made[0]} but no run.yaml, so no run has made it: it is not overwritten, "
+            "choose another folder."
+        )
+    return folder.exists() and any(folder.iterdir())
+
+
+def find_checkpoint(accelerator: Accelerator, asked: str, folder: Path, used: bool) -> Path:
+    """The checkpoint that --resume_from_checkpoint asks for. Raises ValueError when there is no good one."""
+    if asked == "last":
+        checkpoint, complaints = newest_good(folder / "checkpoints")
+        say(accelerator, *(f"warning: {complaint}" for complaint in complaints))
+        if checkpoint is None:
+            again = (
+                "start again with --overwrite_output_dir"
+                if used
+                else "start without --resume_from_checkpoint"
+            )
+            raise ValueError(f"{folder / 'checkpoints'} holds no good checkpoint: {again}.")
+        return checkpoint
+    checkpoint = Path(asked)
+    if not checkpoint.is_dir():
+        raise ValueError(f"there is no checkpoint {checkpoint}: give last, or the folder of one.")
+    if used and checkpoint.resolve().parent != (folder / "checkpoints").resolve():
+        raise ValueError(
+            f"{checkpoint} is not one of the checkpoints in --output_dir {folder}: give a new --output_dir to go on "
+            "from it there."
+        )
+    reason = damage(checkpoint)
+    if reason is not None:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is damaged ({reason}): use --resume_from_checkpoint last."
+        )
+    return checkpoint
+
+
+def _short(value) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 24 else str(value)
+
+
 def open_run_folder(
-    settings: TrainingSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, identity: dict, fresh: bool
+    settings: TrainingSettings,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    identity: dict,
+    fresh: bool,
 ) -> None:
     """Make the folder, emptied of an earlier run if that was asked for, and write run.yaml into it.
 
@@ -93,12 +169,10 @@ def open_run_folder(
     """
     folder = Path(settings.output_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if fresh and settings.overwrite_output_dir:
             for name in MADE_BY_A_RUN:
-                path = folder / name
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        values = asdict(settings) | {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+                delete(folder / name)
+        values = public_values(settings) | {"resume_from_checkpoint": None, "overwrite_output_dir": False}
         record = {
             "corpus": {
                 "name": corpus.name,
@@ -112,9 +186,11 @@ def open_run_folder(
             "tokenizer_tokens": len(tokenizer),
             "versions": library_versions(),
         }
-        write_yaml(folder / "run.yaml", values, record)
+        write_yaml(folder, values, record)
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): give another folder.") from error
+        raise ValueError(
+            f"--output_dir {folder} cannot be written ({error.strerror}): give another folder."
+        ) from error
 
 
 def note_evaluation(progress: Progress, loss: float) -> bool:

@@ -5,14 +5,17 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
 import yaml
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+
+from .safe_text import printable, without_home
 
 T = TypeVar("T")
 
@@ -113,6 +116,9 @@ class TrainingSettings:
         for name in ("max_minutes", "early_stopping_patience"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
+        for name in ("output_dir", "resume_from_checkpoint", "tokenizer", "model_name_or_path"):
+            if str(getattr(self, name)).startswith("~"):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other: give one of them.")
         if self.resume_from_checkpoint and self.overwrite_output_dir:
@@ -121,6 +127,12 @@ class TrainingSettings:
     def given(self, *names: str) -> dict:
         """Those of the named settings that are not None."""
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def public_values(settings) -> dict:
+    """All settings as they may be stored and shown: no path of the user's home."""
+    values = asdict(settings)
+    return {name: without_home(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -220,19 +232,43 @@ def parse(
 
 
 def run_recipe(main: Callable[[], None]) -> None:
-    """Run a recipe's main: a user's mistake ends in one sentence and exit status 2, a failing disk in 1.
+    """Run a recipe's main: a user's mistake ends in one sentence and exit status 2, a failure around it in 1.
 
     NANOGPT_HF_DEBUG=1 shows the traceback too.
     """
     try:
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("NANOGPT_HF_DEBUG") == "1":
+    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        lost = _is_lost_process(error)
+        message, status = _answer(error, lost)
+        if message is None or os.environ.get("NANOGPT_HF_DEBUG") == "1":
             raise
-        if isinstance(error, ValueError):
-            message, status = str(error), 2
-        else:
-            message, status = f"{error}; a checkpoint written before this is whole.", 1
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {message}", file=sys.stderr)
+        if lost or os.environ.get("RANK", "0") == "0":
+            print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(status)
+
+
+def _is_lost_process(error: BaseException) -> bool:
+    """Whether a collective failed, which it does in all processes once one of them has ended."""
+    import torch
+
+    failed = isinstance(error, torch.distributed.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+    return failed and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _answer(error: BaseException, lost: bool) -> tuple[str | None, int]:
+    """What to say to an error and the exit status; nothing to say to one that is ours."""
+    whole = "a checkpoint written before this is whole"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted.", 130
+    if lost:
+        return f"another process of this run has ended, so this one ends too; {whole}.", 1
+    if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+        return (
+            "out of memory: lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), "
+            f"or --per_device_eval_batch_size if it came in evaluation; {whole}.",
+            1,
+        )
+    if isinstance(error, OSError):
+        return f"{error}; {whole}.", 1
+    return (str(error), 2) if isinstance(error, ValueError) else (None, 1)

@@ -93,13 +93,20 @@ class TokenStream:
         block = self._gather(self.starts(seed, numbers)[:, None] + np.arange(self.block_size + 1))
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
-    def windows(self) -> int:
-        """How many windows cover the stream once."""
-        return -(-(len(self.ids) - 1) // self.block_size)
+    def windows(self, stride: int | None = None) -> int:
+        """How many windows cover the stream once: side by side, or each `stride` tokens after the one before."""
+        after_the_first = max(0, len(self.ids) - 1 - self.block_size)
+        return 1 + -(-after_the_first // (stride or self.block_size))
 
-    def window_batch(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and next tokens, each B T, of the windows side by side; -100 past the end of the stream."""
-        index = numbers[:, None] * self.block_size + np.arange(self.block_size + 1)
+    def window_batch(self, numbers: np.ndarray, stride: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and next tokens, each B T, of these windows.
+
+        A next token is -100 past the end of the stream, and where an earlier window has it already.
+        """
+        stride = stride or self.block_size
+        offsets = np.arange(self.block_size + 1)
+        index = numbers[:, None] * stride + offsets
         block = self._gather(np.minimum(index, len(self.ids) - 1))
-        past = torch.from_numpy(index[:, 1:] >= len(self.ids)).to(self.device)
-        return block[:, :-1].contiguous(), block[:, 1:].masked_fill(past, -100)
+        elsewhere = (index >= len(self.ids)) | ((numbers[:, None] > 0) & (offsets <= self.block_size - stride))
+        y = block[:, 1:].masked_fill(torch.from_numpy(elsewhere[:, 1:]).to(self.device), -100)
+        return block[:, :-1].contiguous(), y

@@ -1,7 +1,8 @@
 """Tokenizers trained on a corpus, character by character or in byte-level BPE; both lossless on any Unicode."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 CHUNK = 10_000  # characters; the tokenizers library is slow on one long text and parallel over many
+BATCH = 1_000  # chunks; what the library returns takes many times the memory of the ids
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -29,7 +31,9 @@ def train_char_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """
     characters = sorted(set().union(*map(set, texts)))
     names = [f"<0x{byte:02X}>" for byte in range(256)] + characters
-    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[], byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE({name: i for i, name in enumerate(names)}, merges=[], byte_fallback=True)
+    )
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([END_OF_TEXT])
     return _wrap(tokenizer)
@@ -38,12 +42,16 @@ def train_char_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 def train_bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE as GPT-2's (Radford et al. 2019), its merges learned from the texts.
 
+    A text with too little to merge gives a smaller vocabulary.
+
     Raises:
         ValueError: vocab_size does not hold the 256 bytes and the end-of-text token.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
-        raise ValueError(f"--vocab_size is {vocab_size}, a byte-level BPE needs at least {len(alphabet) + 1}.")
+        raise ValueError(
+            f"--vocab_size is {vocab_size}, a byte-level BPE needs at least {len(alphabet) + 1}."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,78 +63,157 @@ def train_bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedToke
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """A tokenizer from a folder or the Hub.
+    """A tokenizer from a folder or the Hub, without running code that lies beside it.
 
     Raises:
         ValueError: there is none, or it has no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer.json has as many exceptions as it has keys
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(
-            f"no tokenizer can be loaded from {name_or_path!r}: give char, bpe, a folder with tokenizer.json, or a "
-            f"Hub id ({reason[:200]})."
+            f"no tokenizer can be loaded from {name_or_path!r}: give a folder with tokenizer.json, or a Hub id "
+            f"({reason[:200]})."
         ) from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {name_or_path!r} has no fast version or no end-of-text token: use another.")
+    # Where a folder has no tokenizer, transformers makes up an empty one of the model's type.
+    if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) < 2:
+        raise ValueError(
+            f"{name_or_path!r} holds no tokenizer in tokenizer.json: save the model's tokenizer there."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {name_or_path!r} has no end-of-text token: use another.")
     return tokenizer
 
 
-def make_tokenizer(kind: str, texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer that `--tokenizer` asks for: char and bpe are trained on the texts, all else is loaded."""
+def make_tokenizer(
+    kind: str, train: Sequence[str], vocab_size: int, validation: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """The tokenizer that `--tokenizer` asks for: char and bpe are trained on the texts, all else is loaded.
+
+    A char tokenizer has the alphabet of both splits, which tells a model nothing of the text that it will be
+    tested on; the merges of a bpe tokenizer would, so they are learned from the training split alone.
+
+    Raises:
+        ValueError: nothing can be loaded, or vocab_size is too small for bpe.
+    """
     if kind == "char":
-        return train_char_tokenizer(texts)
+        return train_char_tokenizer([*train, *validation])
     if kind == "bpe":
-        return train_bpe_tokenizer(texts, vocab_size)
+        return train_bpe_tokenizer(train, vocab_size)
     return load_tokenizer(kind)
 
 
+def longest_tokens(tokenizer: PreTrainedTokenizerFast, count: int) -> list[str]:
+    """The tokens of most characters, as the text that they stand for; of equals those of the lower ids.
+
+    Tokens that are pieces of a character are no text.
+    """
+    ids = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    texts = [text for text in map(tokenizer.decode, ids) if "\N{REPLACEMENT CHARACTER}" not in text]
+    return sorted(dict.fromkeys(texts), key=len, reverse=True)[:count]
+
+
 def _pieces(text: str) -> list[str]:
-    """Cut before white space that follows a word: no token of a GPT-2-style tokenizer spans such a place."""
-    cuts = [0]
-    while cuts[-1] + CHUNK < len(text):
-        place = re.compile(r"(?<=\S)\s").search(text, cuts[-1] + CHUNK)
-        if place is None:
-            break
-        cuts.append(place.start())
+    """Cut before a space or newline that follows a word: no token of a GPT-2-style tokenizer spans such a place.
+
+    Python's white space, which tells where a word ends, holds all that the tokenizers library takes for it.
+    """
+    place, cuts = re.compile(r"(?<=\S)[ \n]"), [0]
+    while cuts[-1] + CHUNK < len(text) and (cut := place.search(text, cuts[-1] + CHUNK)):
+        cuts.append(cut.start())
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
-def _character_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """Id of every code point, -1 for those that are spelt in bytes."""
-    table = np.full(0x110000, -1, dtype=np.int32)
-    for token, number in tokenizer.get_vocab(with_added_tokens=False).items():
-        if len(token) == 1:
-            table[ord(token)] = number
-    return table
+def _splits_words(backend: Tokenizer) -> bool:
+    """Whether it cuts text into words as GPT-2's tokenizer does, before anything else."""
+    splitter = backend.pre_tokenizer
+    as_gpt2 = (
+        isinstance(splitter, pre_tokenizers.ByteLevel)
+        and splitter.use_regex
+        and not splitter.add_prefix_space
+    )
+    return as_gpt2 and backend.normalizer is None
+
+
+def _character_encoder(backend: Tokenizer) -> Callable[[str], np.ndarray] | None:
+    """Text to ids by table, for a tokenizer of single characters and of bytes that spell the others."""
+    plain = (
+        isinstance(backend.model, models.BPE) and backend.pre_tokenizer is None and backend.normalizer is None
+    )
+    vocabulary = backend.get_vocab(with_added_tokens=False) if plain and backend.model.byte_fallback else {}
+    spelling = np.array([vocabulary.pop(f"<0x{byte:02X}>", -1) for byte in range(256)], dtype=np.int32)
+    if (spelling < 0).any() or any(len(token) > 1 for token in vocabulary):
+        return None
+    table = np.full(0x110000, -1, dtype=np.int32)  # by code point
+    table[[ord(token) for token in vocabulary]] = list(vocabulary.values())
+
+    def encode_text(text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = table[points]
+        unknown = ids < 0
+        if unknown.any():
+            spelt = points[unknown].tobytes().decode("utf-32-le").encode()
+            n_bytes = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
+            repeats = np.where(unknown, n_bytes, 1)
+            ids = np.repeat(ids, repeats)
+            ids[ids < 0] = spelling[np.frombuffer(spelt, dtype=np.uint8)]
+        return ids
+
+    return encode_text
+
+
+def _library_ids(backend: Tokenizer, pieces: Sequence[str]) -> Iterator[np.ndarray]:
+    """The ids of each piece, with special tokens that are spelt out in it taken for ordinary text."""
+    before = backend.encode_special_tokens
+    for start in range(0, len(pieces), BATCH):
+        backend.encode_special_tokens = True
+        encodings = backend.encode_batch_fast(pieces[start : start + BATCH], add_special_tokens=False)
+        backend.encode_special_tokens = before
+        yield from (np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
+
+
+def _encode_each(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+    backend = tokenizer.backend_tokenizer
+    encode_text = _character_encoder(backend)
+    if encode_text is not None:
+        return [encode_text(text) for text in texts]
+    pieces = [_pieces(text) if _splits_words(backend) else [text] for text in texts]
+    ids = _library_ids(backend, list(chain.from_iterable(pieces)))
+    return [np.concatenate([next(ids) for _ in parts]) for parts in pieces]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
     """The ids of a text, as an int32 array; a special token spelt out in the text stays ordinary text.
 
-    A table look-up where every character is a token (319 million characters a second, against 9 million of
-    the tokenizers library on 2 cores), the library elsewhere.
+    A table look-up where tokens are characters (hundreds of millions a second, against 9 million of the
+    tokenizers library on 2 cores), the library elsewhere.
     """
-    backend = tokenizer.backend_tokenizer
-    by_character = isinstance(backend.model, models.BPE) and backend.pre_tokenizer is None
-    if by_character:
-        ids = _character_ids(backend)[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
-        if not (ids < 0).any():
-            return ids
-    by_word = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
-    specials, backend.encode_special_tokens = backend.encode_special_tokens, True
-    try:
-        pieces = _pieces(text) if by_character or by_word else [text]
-        encoded = backend.encode_batch_fast(pieces, add_special_tokens=False)
-    finally:
-        backend.encode_special_tokens = specials
-    return np.concatenate([np.array(piece.ids, dtype=np.int32) for piece in encoded])
+    return _encode_each(tokenizer, [text])[0]
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> np.ndarray:
-    """The ids of all documents, with the end-of-text token between each two."""
-    parts = []
-    for document in documents:
-        parts += [[tokenizer.eos_token_id], encode(tokenizer, document)]
-    return np.concatenate(parts[1:]).astype(np.int32)
+    """The ids of all documents, as an int32 array, with the end-of-text token between each two."""
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    return np.concatenate([part for ids in _encode_each(tokenizer, documents) for part in (end, ids)][1:])
+
+
+def encode_with_spans(
+    tokenizer: PreTrainedTokenizerFast, text: str
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The ids of a text as of `encode`, and the characters (first, past the last) that each token stands for.
+
+    Together the tokens cover every character; the pieces of one character all have that character's span.
+    """
+    backend = tokenizer.backend_tokenizer
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    encoding = backend.encode(text, add_special_tokens=False)
+    backend.encode_special_tokens = before
+    spans, covered = [], 0
+    for start, end in encoding.offsets:
+        # Some tokenizers leave a leading space out of the offsets, and some give empty ones to pieces.
+        start = min(start, covered)
+        end = min(max(end, start + 1), len(text))
+        spans.append((start, end))
+        covered = max(covered, end)
+    return np.array(encoding.ids, dtype=np.int32), spans

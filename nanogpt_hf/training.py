@@ -1,5 +1,6 @@
 """The training loop: one function, from the first batch to the finished run folder."""
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from .corpora import Corpus
 from .evaluation import evaluate_split
 from .interruption import Interruption
 from .optimization import make_optimizers, make_schedule, set_learning_rates
-from .reporting import RunLog, say
+from .reporting import RunLog, not_finite, say
 from .run_folder import find_start, identity_of, note_evaluation, open_run_folder
 from .settings import TrainingSettings
 from .token_stream import TokenStream, mix
@@ -52,31 +53,33 @@ def train(
     rate_factor = make_schedule(settings)
     identity = identity_of(settings, corpus, tokenizer, model, tokens_per_step=batch_size * T)
     progress, checkpoint = find_start(accelerator, settings, identity)
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    if accelerator.is_main_process:
-        open_run_folder(settings, corpus, tokenizer, identity, fresh=checkpoint is None)
-    accelerator.wait_for_everyone()
 
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     optimizers = [optimizer.optimizer for optimizer in optimizers] if not settings.fp16 else optimizers
     if checkpoint is not None:
         load_checkpoint(model, optimizers, checkpoint)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    if accelerator.is_main_process:
+        open_run_folder(settings, corpus, tokenizer, identity, fresh=checkpoint is None)
+    accelerator.wait_for_everyone()
     compile_model(accelerator, settings, model, train_stream)
-    log = RunLog(accelerator, folder, settings, batch_size * T, progress.step, progress.elapsed_s)
+    log = RunLog(accelerator, settings, batch_size * T, progress)
 
     def evaluate() -> dict[str, float]:
         split = evaluate_split(
             model, eval_stream, corpus.validation, settings.per_device_eval_batch_size, accelerator
         )
+        if not math.isfinite(split.loss):
+            raise ValueError(not_finite("validation loss", progress.step))
         if note_evaluation(progress, split.loss):
             save_best(accelerator, model, tokenizer, folder)
         return {"eval_loss": split.loss, "eval_bits_per_char": split.bits_per_char}
 
-    if settings.eval_on_start and progress.step == 0:
-        log.write(0, **evaluate())
-    model.train()
     patience = settings.early_stopping_patience or float("inf")
     ended = progress.step >= settings.max_steps or progress.evaluations_since_best >= patience
+    if settings.eval_on_start and progress.step == 0 or ended and progress.best_loss is None:
+        log.write(progress.step, **evaluate())
+    model.train()
     with Interruption(settings.max_minutes) as interruption:
         while not ended:
             set_learning_rates(optimizers, rate_factor(progress.step))
@@ -112,16 +115,20 @@ def train(
                 ended |= progress.evaluations_since_best >= patience
             if stop_or_save or ended:
                 progress.elapsed_s = log.elapsed_s
-                save_checkpoint(
-                    accelerator, model, optimizers, tokenizer, progress, folder / "checkpoints" / f"step-{step}"
-                )
+                log.sync()
+                newest = folder / "checkpoints" / f"step-{step}"
+                save_checkpoint(accelerator, model, optimizers, tokenizer, progress, newest)
                 if accelerator.is_main_process:
-                    prune(folder / "checkpoints", settings.save_total_limit)
+                    prune(newest, settings.save_total_limit)
                 log.restart_clock()
             if interruption.signal:
                 log.close()
                 say(accelerator, f"stopped at step {step} with a checkpoint; go on with --resume_from_checkpoint last")
                 sys.exit(128 + interruption.signal)
+            if interruption.checkpoint:
+                say(accelerator, f"checkpoint at step {step}, as asked")
+    if interruption.out_of_time:
+        say(accelerator, f"--max_minutes {settings.max_minutes} passed at step {progress.step} of {settings.max_steps}")
     log.close()
     return progress
 

@@ -8,7 +8,7 @@
 Without a GPU it takes the preset `cpu` (0.8M parameters, 4 minutes on 2 cores), with one `baby` (10.7M).
 """
 
-from nanogpt_hf.hardware import device_type
+from nanogpt_hf.hardware import choose_defaults, device_type
 from nanogpt_hf.pretraining import pretrain
 from nanogpt_hf.settings import TrainingSettings, parse, run_recipe
 
@@ -43,15 +43,9 @@ DEFAULTS = {
 
 
 def main() -> None:
-    device = device_type()
-
-    def defaults(said):
-        size = said.get("preset") or ("cpu" if said.get("use_cpu") or device == "cpu" else "baby")
-        return {"preset": size} | DEFAULTS.get(size, DEFAULTS["baby"])
-
-    settings = parse(TrainingSettings, __doc__, defaults=defaults)
-    reason = f"preset {settings.preset}, because {'no GPU was' if device == 'cpu' else 'a GPU was'} found"
-    pretrain(settings, reason)
+    settings = parse(TrainingSettings, __doc__, defaults=choose_defaults(DEFAULTS))
+    found = "no GPU was" if device_type() == "cpu" else "a GPU was"
+    pretrain(settings, f"preset {settings.preset}, because {found} found")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ Texts may be longer than the model's context: its window slides.
 import sys
 from dataclasses import dataclass
 
-from nanogpt_hf.generation import generate_text, printable, stream_text
+from nanogpt_hf.generation import generate_text, stream_text
 from nanogpt_hf.loading import load_model_and_tokenizer
+from nanogpt_hf.safe_text import printable
 from nanogpt_hf.settings import parse, run_recipe, setting
 
 

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.optimization import make_optimizers, make_schedule, set_learning_rates
+from nanogpt_hf.optimization import Muon, make_optimizers, make_schedule, orthogonalize, set_learning_rates
 from nanogpt_hf.settings import TrainingSettings
 from nanogpt_hf.training import accumulate_gradients, step_seed
 
@@ -53,7 +53,7 @@ def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay():
             assert sorted(found) == sorted(id(p) for p in model.parameters())
             for optimizer, group in groups:
                 assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.3}
-                if isinstance(optimizer, torch.optim.Muon):
+                if isinstance(optimizer, Muon):
                     names = {name for name, p in model.named_parameters() if any(p is q for q in group["params"])}
                     assert all(".h." in name for name in names)
 
@@ -83,3 +83,27 @@ def test_rates_are_set_from_the_peak_each_time():
 def test_seeds_differ_by_step_and_process():
     seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
     assert len(seeds) == 600 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_orthogonalize_sets_singular_values_near_one(shape):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, *shape, generator=generator)))
+    assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_muon_takes_the_steps_of_torchs_muon():
+    shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
+    models = []
+    for make_muon in (lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.2), lambda p: Muon(p, 0.1, 0.2)):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        muon = make_muon(parameters)
+        for _ in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            muon.step()
+        models.append(parameters)
+    for theirs, ours in zip(*models, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)  # bfloat16 rounds in another order
+        assert (ours - theirs).norm() < 5e-3 * theirs.norm()

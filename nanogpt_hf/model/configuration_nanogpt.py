@@ -4,6 +4,7 @@ This file and modeling_nanogpt.py travel with every checkpoint, so they import n
 """
 
 from transformers import GPT2Config
+from transformers.activations import ACT2FN
 
 ARCHITECTURES = {
     "gpt2": {"norm": "layernorm", "positions": "learned", "qk_norm": False, "mlp": "gelu", "bias": True},
@@ -63,6 +64,8 @@ class NanoGPTConfig(GPT2Config):
         for switch, allowed in CHOICES.items():
             if getattr(self, switch) not in allowed:
                 raise ValueError(f"{switch} is {getattr(self, switch)!r}, use one of {', '.join(allowed)}.")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(f"activation_function is {self.activation_function!r}, which transformers does not have.")
         for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, it must be at least 1.")
@@ -95,7 +98,7 @@ class NanoGPTConfig(GPT2Config):
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config.get("model_type", cls.model_type)
         if model_type == "gpt2":
-            config = config | {"architecture": "gpt2"}
+            config = config | {"architecture": "gpt2", "architectures": None}
         elif model_type == "qwen3":
             config = _fields_from_qwen3(config)
         elif model_type != cls.model_type:
@@ -122,15 +125,18 @@ SHARED_FIELDS = (
 
 
 def _fields_from_qwen3(config: dict) -> dict:
-    rope = config.get("rope_parameters") or {}
+    # Before transformers 5 the base of the rotary frequencies was a field of its own.
+    rope = {"rope_theta": config.get("rope_theta", 10_000.0)} | (config.get("rope_parameters") or {})
+    heads, layer_types = config.get("num_attention_heads"), config.get("layer_types") or []
     odd = [
         name
         for name, differs in {
-            "num_key_value_heads": config.get("num_key_value_heads") != config["num_attention_heads"],
-            "head_dim": config.get("head_dim", 128) * config["num_attention_heads"] != config["hidden_size"],
+            "num_key_value_heads": config.get("num_key_value_heads") != heads,
+            "head_dim": heads is None or config.get("head_dim", 128) * heads != config.get("hidden_size"),
+            "hidden_act": config.get("hidden_act", "silu") != "silu",
             "attention_bias": config.get("attention_bias", False),
-            "use_sliding_window": config.get("use_sliding_window", False),
-            "rope_parameters": rope.get("rope_type", "default") != "default",
+            "layer_types": any(kind != "full_attention" for kind in layer_types),
+            "rope_parameters": rope.get("rope_type", "default") != "default" or config.get("rope_scaling"),
         }.items()
         if differs
     ]
@@ -140,7 +146,7 @@ def _fields_from_qwen3(config: dict) -> dict:
     fields |= {name: config[name] for name in SHARED_FIELDS if name in config}
     return fields | {
         "architecture": "modern",
-        "rope_theta": rope.get("rope_theta", 10_000.0),
+        "rope_theta": rope["rope_theta"],
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
     }

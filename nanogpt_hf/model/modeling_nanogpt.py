@@ -1,27 +1,38 @@
 """The network: a GPT of GPT-2's block or Qwen3's, chosen by the switches of its config.
 
 Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
-This file and configuration_nanogpt.py travel with every checkpoint, so they import nothing but torch and
-transformers.
+This file and configuration_nanogpt.py travel with every checkpoint, so they import nothing but torch,
+transformers and its safetensors.
 """
 
 import math
+from functools import partial
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_nanogpt import NanoGPTConfig
+from .configuration_nanogpt import NanoGPTConfig, qwen3_fields
 
 
 class RMSNorm(nn.RMSNorm):
@@ -114,6 +125,10 @@ class NanoGPTAttention(nn.Module):
         return self.resid_dropout(self.c_proj(mixed.reshape(B, T, C))), weights
 
 
+# transformers' activation -> the argument of F.gelu that is the same function, in one kernel instead of eight.
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+
+
 class NanoGPTMLP(nn.Module):
     """GELU: c_proj(gelu(c_fc x)). SwiGLU (Shazeer 2020): c_fc holds gate and value side by side."""
 
@@ -123,14 +138,8 @@ class NanoGPTMLP(nn.Module):
         self.c_fc = make_projection(config, config.n_embd, config.inner_size * (2 if self.gated else 1))
         self.c_proj = make_projection(config, config.inner_size, config.n_embd)
         self.c_proj.ends_residual_branch = True
-        # The same function as transformers' "gelu_new", in one kernel instead of eight.
-        self.approximate = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}.get(
-            config.activation_function
-        )
-        if self.approximate is None and not self.gated:
-            raise ValueError(
-                f"activation_function is {config.activation_function!r}, use gelu_new, gelu_pytorch_tanh or gelu."
-            )
+        name = config.activation_function
+        self.activation = partial(F.gelu, approximate=GELU[name]) if name in GELU else ACT2FN[name]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states):
@@ -139,7 +148,7 @@ class NanoGPTMLP(nn.Module):
             gate, value = hidden_states.chunk(2, dim=-1)
             hidden_states = F.silu(gate) * value
         else:
-            hidden_states = F.gelu(hidden_states, approximate=self.approximate)
+            hidden_states = self.activation(hidden_states)
         return self.dropout(self.c_proj(hidden_states))
 
 
@@ -329,40 +338,74 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info=False,
+        ignore_mismatched_sizes=False,
+        **kwargs,
+    ):
         """Reads a native, a plain gpt2 or a plain qwen3 checkpoint, from a folder or the Hub.
 
+        Only safetensors are read, unless use_safetensors=False asks for pickles.
+
         Raises:
-            ValueError: the checkpoint lacks weights of the model that its config describes.
+            ValueError: the weights are missing, damaged, or not those that the config describes.
+            OSError: there is no such checkpoint, or it cannot be reached.
         """
-        plain, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path or ".", **kwargs)
-        if plain.get("model_type") == "qwen3":
-            return cls._from_qwen3(pretrained_model_name_or_path, *args, **kwargs)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights that its config asks for "
-                f"({missing[0]} first): its weights and its config.json do not belong together."
-            )
+        name = pretrained_model_name_or_path
+        kwargs.setdefault("use_safetensors", True)
+        plain = {} if name is None else PreTrainedConfig.get_config_dict(name, **kwargs)[0]
+        load = cls._from_qwen3 if plain.get("model_type") == "qwen3" else super().from_pretrained
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(max(verbosity, logging.ERROR))  # a table of keys is what the errors here replace
+        try:
+            model, info = load(name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of {name} are damaged or incomplete ({error}): copy them again.") from error
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{name} has no weights in safetensors, and pickles are not read: {reason}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+        misfit = describe_misfit(info, ignore_mismatched_sizes)
+        if misfit:
+            fault = "its config.json does not describe its weights" if plain else "it has no config.json"
+            raise ValueError(f"the checkpoint {name} cannot be read: {fault} ({misfit}).")
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_qwen3(cls, pretrained_model_name_or_path, *args, **kwargs):
-        from transformers import Qwen3ForCausalLM
-
-        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(
-            pretrained_model_name_or_path, **kwargs
+    def _from_qwen3(cls, name, *args, config=None, **kwargs):
+        places = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        places = {key: kwargs[key] for key in places if key in kwargs}
+        if config is None:
+            config, kwargs = cls.config_class.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+        theirs, info = Qwen3ForCausalLM.from_pretrained(
+            name, *args, config=Qwen3Config(**qwen3_fields(config)), **kwargs | places
         )
-        theirs = Qwen3ForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs).state_dict()
-        state = {name: torch.cat([theirs[part] for part in parts]) for name, parts in qwen3_names(config).items()}
+        weights = theirs.state_dict()
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict(state, strict=False, assign=True)
+        model.load_state_dict(
+            {ours: torch.cat([weights[part] for part in parts]) for ours, parts in qwen3_names(config).items()},
+            assign=True,
+        )
         model.tie_weights()
-        return model.eval()
+        model.generation_config = theirs.generation_config
+        return model.eval(), info
+
+
+def describe_misfit(info: dict, ignore_mismatched_sizes: bool) -> str | None:
+    """What transformers found wrong while it loaded weights, in a few words, or None."""
+    for key, saved, wanted in sorted(info["mismatched_keys"]):
+        if not ignore_mismatched_sizes:
+            return f"{key} has the shape {list(saved)} and should have {list(wanted)}"
+    if info["missing_keys"]:
+        return f"it lacks {len(info['missing_keys'])} weights, {min(info['missing_keys'])} among them"
+    # Other heads may lie beside ours, but all of the network itself must have found its place.
+    stray = [key for key in info["unexpected_keys"] if key.split(".")[0] in ("transformer", "model", "h", "wte", "wpe")]
+    return f"it has {len(stray)} weights more, {min(stray)} among them" if stray else None
 
 
 # Inside one block: our name -> Qwen3's, several where ours holds them stacked along the output dimension.

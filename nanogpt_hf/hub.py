@@ -1,0 +1,578 @@
+"""Sharing: a checkpoint in a format that others read, its model card, and the upload.
+
+Every request of an upload is bounded in time, and the upload as a whole is repeated when it fails: huggingface_hub
+repeats some of its requests, but never the commit. Repeating is safe. Files that are there already are left out, and
+a commit that arrives late is refused by the Hub, because it names the commit that it was to follow.
+"""
+
+import copy
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import isfinite, prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+import torch
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    get_session,
+    get_token,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from .model import NanoGPTConfig, NanoGPTForCausalLM
+from .model.configuration_nanogpt import qwen3_fields
+from .model.modeling_nanogpt import qwen3_state_dict
+from .reporting import read_metrics
+from .safe_text import printable, without_home
+from .tokenization import load_tokenizer
+
+T = TypeVar("T")
+
+PLAIN_FORMAT = {"gpt2": "gpt2", "modern": "qwen3"}  # architecture -> the format that other tools know it by
+PAUSES = (5.0, 15.0, 45.0, 120.0)  # seconds before each repetition of an upload
+LONGEST_PAUSE = 300.0  # seconds, however long the Hub asks us to stay away
+TIMEOUT = 120.0  # seconds without a byte from the Hub
+
+# What huggingface_hub raises: RuntimeError for a large file, KeyError for an answer in an unknown form.
+FAILURES = (HTTPError, OSError, RuntimeError, KeyError)
+PASSING = (408, 409, 412, 425, 429)  # client errors that another try may not meet
+
+
+# --- checkpoints ---
+
+
+def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
+    """The format that a model is written in.
+
+    Raises:
+        ValueError: there is no such format, or the model cannot be written in it.
+    """
+    plain = PLAIN_FORMAT.get(config.architecture)
+    if plain == "qwen3" and (not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx):
+        plain = None  # Qwen3 always divides its scores by the root of the head size
+    if format == "auto":
+        return plain or "nanogpt"
+    if format not in (*PLAIN_FORMAT.values(), "nanogpt"):
+        raise ValueError(f"there is no format {format!r}: use auto, gpt2, qwen3 or nanogpt.")
+    if format not in (plain, "nanogpt"):
+        raise ValueError(
+            f"a model of the {config.architecture} architecture cannot be written in the format {format}: use "
+            f"{f'{plain}, ' if plain else ''}nanogpt or auto."
+        )
+    return format
+
+
+def export(
+    model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike, format: str = "auto"
+) -> str:
+    """Write model, tokenizer and generation config into a folder, as one complete checkpoint.
+
+    Args:
+        format: gpt2 (for the gpt2 architecture) and qwen3 (for modern) need no code of ours to be read; nanogpt
+            ships it; auto takes the plain format of the architecture, nanogpt if it has none.
+
+    Returns:
+        The format written.
+
+    Raises:
+        ValueError: the model cannot be written in that format, or is not a NanoGPTForCausalLM.
+    """
+    if type(model).__name__ != "NanoGPTForCausalLM":
+        raise ValueError(
+            f"export takes a NanoGPTForCausalLM, not a {type(model).__name__}: merge an adapter first, and read other "
+            "checkpoints with NanoGPTForCausalLM.from_pretrained."
+        )
+    format, folder = choose_format(model.config, format), Path(folder)
+    generation = copy.deepcopy(model.generation_config)
+    generation._from_model_config = False
+    generation.max_length = model.config.n_positions  # or a pipeline's default runs past the context
+    plain = model if format == "nanogpt" else _plain_model(model, format)
+    plain.save_pretrained(folder)
+    generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if format != "nanogpt":
+        _make_tokenizer_plain(folder, tokenizer, model.config.vocab_size)
+    if format == "qwen3":
+        # Before transformers 5 the base of the rotary frequencies was a field of its own.
+        _edit_json(folder / "config.json", lambda config: config | {"rope_theta": float(model.config.rope_theta)})
+    return format
+
+
+def _plain_model(model: NanoGPTForCausalLM, format: str) -> PreTrainedModel:
+    """The same weights, not copied, in transformers' own class."""
+    if format == "gpt2":
+        own = ("model_type", "architectures", "transformers_version")
+        fields = {key: value for key, value in model.config.to_dict().items() if key not in own}
+        config = GPT2Config(**{key: fields[key] for key in GPT2Config().to_dict() if key in fields})
+        plain_class, state = GPT2LMHeadModel, model.state_dict()
+    else:
+        config = Qwen3Config(**qwen3_fields(model.config))
+        plain_class, state = Qwen3ForCausalLM, qwen3_state_dict(model)
+    with torch.device("meta"):
+        plain = plain_class(config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def _make_tokenizer_plain(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
+    """What readers of plain checkpoints expect: a token for every row of the embedding, an unknown token (CTranslate2
+    has no model without), a class that transformers 4 knows. The ids of texts stay the same: a token that no merge
+    makes is never chosen."""
+    taken = set(tokenizer.get_vocab().values())
+
+    def fill(spec: dict) -> dict:
+        if spec["model"]["type"] == "BPE":
+            spec["model"]["vocab"] |= {f"<|unused_{i}|>": i for i in range(rows) if i not in taken}
+        return spec
+
+    def settle(spec: dict) -> dict:
+        if spec["tokenizer_class"] == "TokenizersBackend":
+            spec["tokenizer_class"] = "PreTrainedTokenizerFast"
+        return {"unk_token": tokenizer.eos_token} | spec
+
+    _edit_json(folder / "tokenizer.json", fill)
+    _edit_json(folder / "tokenizer_config.json", settle)
+
+
+def _edit_json(path: Path, edit: Callable[[dict], dict]) -> None:
+    content = edit(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def export_run(
+    folder: str | os.PathLike, target: str | os.PathLike, format: str = "auto", name: str | None = None
+) -> None:
+    """`export` of the best model of a run folder, or of any checkpoint of ours, with its card and loss curve.
+
+    Args:
+        name: what the card's lines load, a Hub id; by default the target's name.
+
+    Raises:
+        ValueError: the folder holds no checkpoint that can be read, or none that can be written in that format.
+    """
+    folder, target = Path(folder), Path(target)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter, not a whole model: merge it first.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json: give a run folder.")
+    model = NanoGPTForCausalLM.from_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder))
+    written = export(model, tokenizer, target, format)
+    write_card(folder, target, format=written, name=name)
+    if (folder / "loss_curve.png").exists():
+        shutil.copy(folder / "loss_curve.png", target)
+
+
+# --- the model card ---
+
+# Settings that say where a run was and with whom it is shared, not what was trained.
+NOT_IN_A_CARD = (
+    "corpus model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
+    "hub_model_id hub_private_repo hub_format"
+).split()
+LOADING = {
+    "plain": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", {name})\n',
+    "nanogpt": (
+        "from transformers import pipeline\n\n"
+        'generate = pipeline("text-generation", {name}, trust_remote_code=True)\n'
+        "# with nanogpt_hf installed, `import nanogpt_hf` takes the place of trust_remote_code=True\n"
+    ),
+}
+
+
+def write_card(
+    folder: str | os.PathLike,
+    target: str | os.PathLike | None = None,
+    format: str = "nanogpt",
+    name: str | None = None,
+) -> None:
+    """Write README.md, the model card, from what a run has left in its folder; what is not there is left out.
+
+    Args:
+        target: where to write it, by default the run folder.
+        format: of the checkpoint beside the card.
+        name: what the card's lines load, a Hub id; by default the target's name.
+
+    Raises:
+        ValueError: run.yaml cannot be read.
+    """
+    folder, target = Path(folder), Path(target or folder)
+    name = name or target.resolve().name
+    settings = _read_run(folder / "run.yaml")
+    record = settings.pop("record", {})
+    corpus = record.get("corpus", {})
+    base = settings.get("model_name_or_path")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").exists() else {}
+    rows = read_metrics(folder / "metrics.jsonl")
+    best = min((row for row in rows if isfinite(row.get("eval_loss", float("nan")))), key=lambda r: r["eval_loss"], default={})
+    corpus_name = _last_part(corpus["name"]) if corpus else None
+    samples = (folder / "samples.txt").read_text(encoding="utf-8") if (folder / "samples.txt").exists() else ""
+    samples = printable(samples)[:4000].strip("\n")
+
+    data = ModelCardData(
+        language=corpus.get("language"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["nanogpt_hf", *([config["architecture"]] if "architecture" in config else [])],
+        datasets=[corpus["source"].split("@")[0]] if "@" in corpus.get("source", "") else None,
+        base_model=base if base and _is_hub_id(base) else None,
+        model_name=printable(name),
+        eval_results=_results(corpus_name, best, rows) if corpus and best else None,
+        **_license(corpus.get("license")),
+    )
+    body = [f"# {_plain_words(name.split('/')[-1])}", _opening_words(config, folder, corpus_name, base)]
+    body += ["## Use", _fenced(_loading_lines(name, format, samples), "python")]
+    if corpus:
+        body += ["## Corpus", _corpus_words(corpus)]
+    if best:
+        body += ["## Result", _result_words(best, rows)]
+        if (folder / "loss_curve.png").exists():
+            body += ["![loss over the steps](loss_curve.png)"]
+    if settings:
+        shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [])}
+        shown = {"tokenizer": _last_part(settings.get("tokenizer") or "")} | shown
+        body += ["## Settings", _fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), "yaml")]
+    if record.get("command"):
+        body += ["The command that made it:", _fenced(record["command"], "bash")]
+    if record.get("versions"):
+        body += ["With " + ", ".join(_code(f"{k} {v}") for k, v in record["versions"].items()) + "."]
+    if samples:
+        body += ["## Samples", _fenced(samples, "text")]
+    card = ModelCard(_without_token(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
+    temporary = target / ".README.md"
+    card.save(temporary)
+    os.replace(temporary, target / "README.md")
+
+
+def _read_run(path: Path) -> dict:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+def _license(corpus_license: str | None) -> dict:
+    """The card's fields; the Hub knows "other" and "unknown", but not the public domain."""
+    if corpus_license == "public domain":
+        link = "https://creativecommons.org/publicdomain/mark/1.0/"
+        return {"license": "other", "license_name": "public-domain", "license_link": link}
+    return {"license": corpus_license or "unknown"}
+
+
+def _results(corpus_name: str, best: dict, rows: list[dict]) -> list[EvalResult]:
+    measured = {
+        ("validation", "loss", "loss, nats a token"): best.get("eval_loss"),
+        ("validation", "bits_per_character", "bits per character"): best.get("eval_bits_per_char"),
+        ("train", "loss", "loss of one batch, nats a token"): _last(rows, "train_loss"),
+    }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=re.sub(r"[^\w.-]+", "-", corpus_name).strip("-") or "corpus",
+            dataset_name=printable(corpus_name),
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=label,
+            metric_value=round(value, 4),
+        )
+        for (split, metric, label), value in measured.items()
+        if value is not None
+    ]
+
+
+def _last(rows: list[dict], key: str) -> float | None:
+    return next((row[key] for row in reversed(rows) if isfinite(row.get(key, float("nan")))), None)
+
+
+def _opening_words(config: dict, folder: Path, corpus_name: str | None, base: str | None) -> str:
+    sizes = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            sizes += [prod(file.get_slice(key).get_shape()) for key in file.keys()]
+    words = f"A GPT of {sum(sizes) / 1e6:.2f}M parameters"
+    if "architecture" in config:
+        words += (
+            f", architecture {_code(config['architecture'])}: {config['n_layer']} layers, {config['n_head']} heads, "
+            f"width {config['n_embd']}, context {config['n_positions']} tokens"
+        )
+    if corpus_name:
+        words += f"; {f'fine-tuned from {_code(_last_part(base))}' if base else 'trained from scratch'} on {_code(corpus_name)}"
+    return words + "."
+
+
+def _loading_lines(name: str, format: str, samples: str) -> str:
+    prompt = next((line for line in samples.split("\n") if line.strip()), "\n")[:20]
+    lines = LOADING["nanogpt" if format == "nanogpt" else "plain"].format(name=json.dumps(name, ensure_ascii=False))
+    return lines + f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
+
+
+def _corpus_words(corpus: dict) -> str:
+    lines = [f"- source: {_code(corpus['source'])}", f"- SHA-256 of the text: {_code(corpus['sha256'])}"]
+    if "characters" in corpus:
+        lines.append(f"- {corpus['characters']:,} characters")
+    if corpus.get("license"):
+        lines.append(f"- licence: {_code(corpus['license'])}")
+    if corpus.get("notice"):
+        lines.append(f"- note: {_plain_words(corpus['notice'])}")
+    return "\n".join(lines)
+
+
+def _result_words(best: dict, rows: list[dict]) -> str:
+    words = f"Validation loss {best['eval_loss']:.4f} nats a token"
+    if "eval_bits_per_char" in best:
+        words += f" ({best['eval_bits_per_char']:.4f} bits per character)"
+    words += f" at step {best['step']:,} of {rows[-1]['step']:,}, over the whole validation split"
+    train_loss = _last(rows, "train_loss")
+    return words + (f"; training loss of the last batch {train_loss:.4f}." if train_loss is not None else ".")
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)) and not os.path.exists(name)
+
+
+def _last_part(name: str) -> str:
+    """A Hub id as it is; of a path only its last part, which tells nothing about the machine it was on."""
+    return name if _is_hub_id(name) else Path(name).name
+
+
+def _code(text: str) -> str:
+    """A code span that its content cannot end."""
+    text = " ".join(printable(text).split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block that its content cannot end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{printable(text)}\n{fence}"
+
+
+def _plain_words(text: str) -> str:
+    """One line in which nothing is mark-up."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", " ".join(printable(text).split()))
+
+
+# --- the Hub ---
+
+
+def check_push(repo_id: str, private: bool = False, timeout: float = 30.0, tell: Callable[[str], None] = print) -> None:
+    """Find out, without changing anything, whether an upload could ever work.
+
+    A repository that exists is asked itself; the right to create one follows from what the Hub says of the token.
+    When the Hub does not answer, that is told and nothing is known: it may answer when the upload comes.
+
+    Args:
+        repo_id: NAME or OWNER/NAME.
+        timeout: seconds that each of at most three requests may take.
+        tell: prints a line.
+
+    Raises:
+        ValueError: there is no token, it is not accepted or may not write there, the name is not valid, or a
+            repository that is to be private is public.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"--hub_model_id {repo_id!r} cannot be the name of a Hub repository: give NAME or OWNER/NAME, of at most 96 "
+            "letters, digits, '-', '_' and '.'."
+        ) from error
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("--push_to_hub is set, and so is HF_HUB_OFFLINE, which forbids it: unset one of them.")
+    if get_token() is None:
+        raise ValueError("uploading needs a token of the Hub, and there is none: log in with `hf auth login`.")
+    api = HfApi()
+    try:
+        with _bounded(timeout):
+            user = api.whoami()
+            owner, _, name = repo_id.rpartition("/")
+            owner = owner or user["name"]
+            try:
+                info = api.model_info(f"{owner}/{name}", timeout=timeout)
+                api.auth_check(f"{owner}/{name}", write=True)
+            except RepositoryNotFoundError:
+                info = None
+    except FAILURES as error:
+        status = _status(error)
+        if status == 401:
+            raise ValueError("the Hub does not accept the token: log in again with `hf auth login`.") from None
+        if status == 403:
+            raise ValueError(f"the token may not write to {owner}/{name}: log in with one that may.") from None
+        tell(f"warning: whether the upload to {repo_id} will work is not known, the Hub did not say ({_reason(error)})")
+        return
+    if info is None and not _may_create(user, owner):
+        raise ValueError(f"the token may not create {owner}/{name} on the Hub: log in with one that may write there.")
+    if info is not None and private and not info.private:
+        raise ValueError(_is_public(f"{owner}/{name}"))
+
+
+def _is_public(repo_id: str) -> str:
+    return f"{repo_id} is to be private, but it exists and is public: change that on the Hub, or give another name."
+
+
+def _may_create(user: dict, owner: str) -> bool:
+    """Whether a token may create repositories for an owner, as far as whoami tells."""
+    roles = {user["name"]: "admin"} | {org["name"]: org.get("roleInOrg") for org in user.get("orgs", [])}
+    if owner not in roles or roles[owner] == "read":
+        return False
+    token = user.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "fineGrained":
+        scopes = token.get("fineGrained", {}).get("scoped", [])
+        return any("repo.write" in s["permissions"] for s in scopes if s["entity"].get("name") == owner)
+    return token.get("role") != "read"
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    format: str = "auto",
+    pauses: tuple[float, ...] = PAUSES,
+    timeout: float = TIMEOUT,
+    tell: Callable[[str], None] = print,
+) -> str:
+    """Upload the best model of a run folder in one commit, with its card; what is there already is not sent again.
+
+    Args:
+        repo_id: NAME or OWNER/NAME; made if it does not exist.
+        private: make it private.
+        pauses: seconds before each new try; where the Hub names a time, that is waited instead.
+        timeout: seconds without a byte from the Hub after which a try has failed.
+        tell: prints a line.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: no try succeeded, or none can; the message says how to try again later.
+    """
+    api = HfApi()
+    try:
+        repo_id = _persist(
+            lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id, pauses, timeout, tell
+        )
+        with TemporaryDirectory() as staging:
+            export_run(folder, staging, format, repo_id)
+            _persist(lambda: _upload(api, repo_id, Path(staging), private, timeout), pauses, timeout, tell)
+    except FAILURES as error:
+        words = ["python", "recipes/share.py", "--model", str(folder), "--hub_model_id", repo_id]
+        words += ["--hub_private_repo"] if private else []
+        words += ["--hub_format", format] if format != "auto" else []
+        # The causes are left out: a library's message may quote the token.
+        raise ValueError(
+            f"the upload to {repo_id} failed ({_reason(error)}); the model is complete in {folder}, try again with: "
+            f"{shlex.join(words)}"
+        ) from None
+    return f"{api.endpoint}/{repo_id}"
+
+
+def _upload(api: HfApi, repo_id: str, folder: Path, private: bool, timeout: float) -> None:
+    info = api.model_info(repo_id, timeout=timeout)
+    if private and not info.private:
+        raise ValueError(_is_public(repo_id))
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    # upload_folder may make several commits of it.
+    api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path.name, path) for path in files],
+        commit_message="Upload model",
+        parent_commit=info.sha,
+    )
+
+
+def _persist(
+    action: Callable[[], T], pauses: tuple[float, ...], timeout: float, tell: Callable[[str], None]
+) -> T:
+    """The action's result, after as many tries as it takes and pauses allow; the last failure is raised."""
+    for pause in (*pauses, None):
+        try:
+            with _bounded(timeout):
+                return action()
+        except FAILURES as error:
+            # A large file goes to a signed address that expires: RuntimeError, whatever its status.
+            status = _status(error) if isinstance(error, HTTPError) else None
+            if pause is None or (status and 400 <= status < 500 and status not in PASSING):
+                raise
+            pause = min(_retry_after(error, pause), LONGEST_PAUSE)
+            tell(f"the upload failed ({_reason(error)}), trying again in {pause:g} s")
+            time.sleep(pause)
+
+
+@contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """huggingface_hub without its endless patience, and without its log, which quotes signed addresses."""
+    session, log = get_session(), logging.getLogger("huggingface_hub")
+    before, level = session.timeout, log.level
+    session.timeout = seconds
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        session.timeout = before
+        log.setLevel(level)
+
+
+def _response(error: BaseException | None):
+    """The Hub's answer behind an error, if it gave one."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error and error.response
+
+
+def _status(error: BaseException) -> int | None:
+    response = _response(error)
+    return response.status_code if response is not None else None
+
+
+def _retry_after(error: BaseException, otherwise: float) -> float:
+    response = _response(error)
+    seconds = response.headers.get("Retry-After", "") if response is not None else ""
+    return float(seconds) if seconds.isascii() and seconds.isdigit() else otherwise
+
+
+def _reason(error: BaseException) -> str:
+    """An error in a few words, without the token."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    status = _status(error)
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    text = " ".join(_without_token(printable(text)).split())[:200].rstrip(".")
+    return f"{status}: {text}" if status else f"{type(error).__name__}: {text}"
+
+
+def _without_token(text: str) -> str:
+    token = get_token()
+    return text.replace(token, "…") if token else text

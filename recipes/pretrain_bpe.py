@@ -1,0 +1,59 @@
+"""Train a GPT on subwords from scratch: byte-level BPE of the corpus's own, or any tokenizer.
+
+    accelerate launch recipes/pretrain_bpe.py                                   # Shakespeare, 1,024 tokens
+    accelerate launch recipes/pretrain_bpe.py --tokenizer tokenizers/tiny_shakespeare-bpe-4096
+    accelerate launch recipes/pretrain_bpe.py --corpus tiny_pushkin --vocab_size 4096
+    accelerate launch recipes/pretrain_bpe.py --tokenizer openai-community/gpt2 # GPT-2's 50,257 tokens, from the Hub
+    accelerate launch recipes/pretrain_bpe.py --preset cpu --max_steps 300      # half a minute on a laptop
+
+All but the defaults is as in pretrain_char.py. Losses in nats a token compare only within one tokenizer;
+recipes/evaluate.py puts all on one scale, bits per byte.
+"""
+
+from nanogpt_hf.hardware import choose_defaults, device_type
+from nanogpt_hf.pretraining import pretrain
+from nanogpt_hf.settings import TrainingSettings, parse, run_recipe
+
+# Tiny Shakespeare is 411,000 tokens of 1,024: an epoch is 200 steps of 32 x 64 tokens, 25 of 64 x 256.
+DEFAULTS = {
+    "cpu": dict(
+        tokenizer="bpe",
+        vocab_size=1024,
+        architecture="modern",
+        attn_implementation="eager",
+        dropout=0.0,
+        optim="muon",
+        muon_learning_rate=0.03,
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        per_device_train_batch_size=32,
+        max_steps=3000,
+        warmup_steps=100,
+        eval_steps=250,
+        save_steps=1000,
+    ),
+    "baby": dict(
+        tokenizer="bpe",
+        vocab_size=1024,
+        architecture="gpt2",
+        dropout=0.4,
+        optim="adamw",
+        learning_rate=1e-3,
+        weight_decay=0.5,
+        per_device_train_batch_size=64,
+        max_steps=1500,
+        warmup_steps=100,
+        eval_steps=100,
+        save_steps=500,
+    ),
+}
+
+
+def main() -> None:
+    settings = parse(TrainingSettings, __doc__, defaults=choose_defaults(DEFAULTS))
+    found = "no GPU was" if device_type() == "cpu" else "a GPU was"
+    pretrain(settings, f"preset {settings.preset}, because {found} found")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,141 @@
+"""Training in processes of its own, forked from an interpreter that has imported everything already.
+
+A fresh interpreter spends seconds on imports; a fork of a warm one trains a tiny model in about one.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+from accelerate.utils import set_seed
+
+from nanogpt_hf.corpora import load_corpus
+from nanogpt_hf.hardware import make_accelerator
+from nanogpt_hf.pretraining import make_tokenizer_and_model
+from nanogpt_hf.settings import TrainingSettings, parse, run_recipe
+from nanogpt_hf.training import train
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = ["processes", "matplotlib.backends.backend_agg", "torch.nn.parallel"]
+TINY = (
+    "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --dropout 0.1 --use_cpu "
+    "--max_steps 30 --warmup_steps 5 --logging_steps 3 --eval_steps 6 --save_steps 5 --per_device_eval_batch_size 512"
+).split()
+TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 30
+
+
+def write_corpus(folder: Path, text: str = TEXT) -> Path:
+    path = folder / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def training_words(folder: Path, corpus: Path, *words) -> list[str]:
+    return [str(word) for word in ("--corpus", corpus, "--output_dir", folder, *TINY, *words)]
+
+
+def train_here(words: list[str], change_model=None, accelerator=None):
+    """A run in this process, up to the end of its training; errors are raised.
+
+    Args:
+        change_model: called with the model before it is trained.
+    """
+    settings = parse(TrainingSettings, None, argv=words)
+    accelerator = accelerator or make_accelerator(settings)
+    corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
+    set_seed(settings.seed)
+    tokenizer, model = make_tokenizer_and_model(settings, corpus)
+    if change_model is not None:
+        change_model(model)
+    return train(accelerator, settings, corpus, tokenizer, model)
+
+
+class Run:
+    """A process at work on a run up to the end of its training, answering errors as recipes do.
+
+    Args:
+        words: its command line.
+        recipe: run this recipe, which also samples and describes, instead.
+        log: file for what it prints on both streams; by default beside the run folder.
+        prepare: a function called in the process first, and its arguments.
+        environment: variables to set.
+    """
+
+    context = None
+
+    def __init__(self, words, recipe: str | None = None, log: Path | None = None, prepare=(), **environment):
+        if Run.context is None:
+            Run.context = multiprocessing.get_context("forkserver")
+            Run.context.set_forkserver_preload(PRELOADED)
+        words = [str(word) for word in words]
+        self.log = log or Path(words[words.index("--output_dir") + 1] + ".log")
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # a process of several threads cannot be forked safely
+        self.process = Run.context.Process(target=_run, args=(words, recipe, str(self.log), prepare, environment))
+        self.process.start()
+        os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+
+    def wait(self, timeout=120) -> int:
+        """Its exit status, 128 + n after signal n as a shell has it."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"the run has not ended after {timeout} s:\n{self.said()}")
+        code = self.process.exitcode
+        return 128 - code if code < 0 else code
+
+    def signal(self, number) -> None:
+        os.kill(self.process.pid, number)
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+    def wait_for(self, path: Path, timeout=60) -> None:
+        """Until a file is there."""
+        end = time.monotonic() + timeout
+        while not path.exists():
+            assert time.monotonic() < end and self.process.is_alive(), f"no {path}:\n{self.said()}"
+            time.sleep(0.002)
+
+
+def _run(words, recipe, log, prepare, environment):
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdin = open(os.devnull, encoding="utf-8")
+    os.chdir(ROOT)
+    if prepare:
+        prepare[0](*prepare[1:])
+    if recipe is None:
+        return run_recipe(lambda: train_here(words) and None)
+    sys.argv = [recipe, *words]
+    runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
+
+
+def finished(words, **options) -> str:
+    """What a run said that has to end well."""
+    run = Run(words, **options)
+    status = run.wait()
+    assert status == 0, (status, run.said())
+    return run.said()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of all weights and optimiser states that a run has left."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, every one of which must be whole."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in ("elapsed_s", "tokens_per_s")} for row in rows]
