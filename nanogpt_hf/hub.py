@@ -49,11 +49,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from .checkpoints import files_written_whole
 from .model import NanoGPTConfig, NanoGPTForCausalLM
 from .model.configuration_nanogpt import qwen3_fields
 from .model.modeling_nanogpt import qwen3_state_dict
 from .reporting import read_metrics
-from .safe_text import printable, without_home
+from .safe_text import printable
 from .tokenization import load_tokenizer
 
 T = TypeVar("T")
@@ -93,7 +94,10 @@ def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
 
 
 def export(
-    model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike, format: str = "auto"
+    model: NanoGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str | os.PathLike,
+    format: str = "auto",
 ) -> str:
     """Write model, tokenizer and generation config into a folder, as one complete checkpoint.
 
@@ -124,7 +128,9 @@ def export(
         _make_tokenizer_plain(folder, tokenizer, model.config.vocab_size)
     if format == "qwen3":
         # Before transformers 5 the base of the rotary frequencies was a field of its own.
-        _edit_json(folder / "config.json", lambda config: config | {"rope_theta": float(model.config.rope_theta)})
+        _edit_json(
+            folder / "config.json", lambda config: config | {"rope_theta": float(model.config.rope_theta)}
+        )
     return format
 
 
@@ -233,11 +239,21 @@ def write_card(
     record = settings.pop("record", {})
     corpus = record.get("corpus", {})
     base = settings.get("model_name_or_path")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").exists() else {}
+    config = (
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (folder / "config.json").exists()
+        else {}
+    )
     rows = read_metrics(folder / "metrics.jsonl")
-    best = min((row for row in rows if isfinite(row.get("eval_loss", float("nan")))), key=lambda r: r["eval_loss"], default={})
+    best = min(
+        (row for row in rows if isfinite(row.get("eval_loss", float("nan")))),
+        key=lambda r: r["eval_loss"],
+        default={},
+    )
     corpus_name = _last_part(corpus["name"]) if corpus else None
-    samples = (folder / "samples.txt").read_text(encoding="utf-8") if (folder / "samples.txt").exists() else ""
+    samples = (
+        (folder / "samples.txt").read_text(encoding="utf-8") if (folder / "samples.txt").exists() else ""
+    )
     samples = printable(samples)[:4000].strip("\n")
 
     data = ModelCardData(
@@ -245,7 +261,7 @@ def write_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["nanogpt_hf", *([config["architecture"]] if "architecture" in config else [])],
-        datasets=[corpus["source"].split("@")[0]] if "@" in corpus.get("source", "") else None,
+        datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source", "")) or None,
         base_model=base if base and _is_hub_id(base) else None,
         model_name=printable(name),
         eval_results=_results(corpus_name, best, rows) if corpus and best else None,
@@ -262,7 +278,10 @@ def write_card(
     if settings:
         shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [])}
         shown = {"tokenizer": _last_part(settings.get("tokenizer") or "")} | shown
-        body += ["## Settings", _fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), "yaml")]
+        body += [
+            "## Settings",
+            _fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), "yaml"),
+        ]
     if record.get("command"):
         body += ["The command that made it:", _fenced(record["command"], "bash")]
     if record.get("versions"):
@@ -270,9 +289,8 @@ def write_card(
     if samples:
         body += ["## Samples", _fenced(samples, "text")]
     card = ModelCard(_without_token(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
-    temporary = target / ".README.md"
-    card.save(temporary)
-    os.replace(temporary, target / "README.md")
+    with files_written_whole(target) as staging:
+        card.save(staging / "README.md")
 
 
 def _read_run(path: Path) -> dict:
@@ -333,7 +351,9 @@ def _opening_words(config: dict, folder: Path, corpus_name: str | None, base: st
 
 def _loading_lines(name: str, format: str, samples: str) -> str:
     prompt = next((line for line in samples.split("\n") if line.strip()), "\n")[:20]
-    lines = LOADING["nanogpt" if format == "nanogpt" else "plain"].format(name=json.dumps(name, ensure_ascii=False))
+    lines = LOADING["nanogpt" if format == "nanogpt" else "plain"].format(
+        name=json.dumps(name, ensure_ascii=False)
+    )
     return lines + f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
 
 
@@ -387,7 +407,9 @@ def _plain_words(text: str) -> str:
 # --- the Hub ---
 
 
-def check_push(repo_id: str, private: bool = False, timeout: float = 30.0, tell: Callable[[str], None] = print) -> None:
+def check_push(
+    repo_id: str, private: bool = False, timeout: float = 30.0, tell: Callable[[str], None] = print
+) -> None:
     """Find out, without changing anything, whether an upload could ever work.
 
     A repository that exists is asked itself; the right to create one follows from what the Hub says of the token.
@@ -410,9 +432,13 @@ def check_push(repo_id: str, private: bool = False, timeout: float = 30.0, tell:
             "letters, digits, '-', '_' and '.'."
         ) from error
     if constants.HF_HUB_OFFLINE:
-        raise ValueError("--push_to_hub is set, and so is HF_HUB_OFFLINE, which forbids it: unset one of them.")
+        raise ValueError(
+            "--push_to_hub is set, and so is HF_HUB_OFFLINE, which forbids it: unset one of them."
+        )
     if get_token() is None:
-        raise ValueError("uploading needs a token of the Hub, and there is none: log in with `hf auth login`.")
+        raise ValueError(
+            "uploading needs a token of the Hub, and there is none: log in with `hf auth login`."
+        )
     api = HfApi()
     try:
         with _bounded(timeout):
@@ -427,13 +453,19 @@ def check_push(repo_id: str, private: bool = False, timeout: float = 30.0, tell:
     except FAILURES as error:
         status = _status(error)
         if status == 401:
-            raise ValueError("the Hub does not accept the token: log in again with `hf auth login`.") from None
+            raise ValueError(
+                "the Hub does not accept the token: log in again with `hf auth login`."
+            ) from None
         if status == 403:
-            raise ValueError(f"the token may not write to {owner}/{name}: log in with one that may.") from None
-        tell(f"warning: whether the upload to {repo_id} will work is not known, the Hub did not say ({_reason(error)})")
+            raise ValueError(f"the token may not write to {repo_id}: log in with one that may.") from None
+        tell(
+            f"warning: whether the upload to {repo_id} will work is not known, the Hub did not say ({_reason(error)})"
+        )
         return
     if info is None and not _may_create(user, owner):
-        raise ValueError(f"the token may not create {owner}/{name} on the Hub: log in with one that may write there.")
+        raise ValueError(
+            f"the token may not create {owner}/{name} on the Hub: log in with one that may write there."
+        )
     if info is not None and private and not info.private:
         raise ValueError(_is_public(f"{owner}/{name}"))
 
@@ -481,9 +513,8 @@ def push(
     """
     api = HfApi()
     try:
-        repo_id = _persist(
-            lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id, pauses, timeout, tell
-        )
+        if "/" not in repo_id:
+            repo_id = f"{_persist(api.whoami, pauses, timeout, tell)['name']}/{repo_id}"
         with TemporaryDirectory() as staging:
             export_run(folder, staging, format, repo_id)
             _persist(lambda: _upload(api, repo_id, Path(staging), private, timeout), pauses, timeout, tell)
@@ -500,6 +531,7 @@ def push(
 
 
 def _upload(api: HfApi, repo_id: str, folder: Path, private: bool, timeout: float) -> None:
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
     info = api.model_info(repo_id, timeout=timeout)
     if private and not info.private:
         raise ValueError(_is_public(repo_id))

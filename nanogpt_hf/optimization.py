@@ -98,7 +98,8 @@ def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.
         )
     ]
     if muon:
-        dtype = torch.bfloat16 if has_fast_bf16(muon[0].device.type) else torch.float32
+        fast = settings.bf16 is not False and has_fast_bf16(muon[0].device.type)
+        dtype = torch.bfloat16 if fast else torch.float32
         optimizers.append(Muon(muon, settings.muon_learning_rate, settings.weight_decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -5,20 +5,21 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from .checkpoints import Progress, files_written_whole, load_weights
 from .corpora import Corpus, load_corpus
 from .generation import generate_text
 from .hardware import describe_device, make_accelerator
+from .hub import check_push, choose_format, push, write_card
 from .model import NanoGPTConfig, NanoGPTForCausalLM, preset_config
 from .reporting import check_trackers, draw_loss_curve, read_metrics, say
 from .safe_text import printable
 from .settings import TrainingSettings
-from .tokenization import make_tokenizer
+from .tokenization import encode_documents, make_tokenizer
 from .training import train
 
 CONFIG_FIELDS = "architecture n_layer n_head n_embd n_inner n_positions resid_pdrop embd_pdrop attn_pdrop".split()
@@ -33,14 +34,20 @@ def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
     Raises:
         ValueError: for a user's mistake, before anything is written.
     """
-    transformers_logging.disable_progress_bar()
     check_trackers(settings.report_to)
     settings.output_dir = settings.output_dir or default_folder(settings)
     accelerator = make_accelerator(settings)
+    if settings.push_to_hub:
+        settings.hub_model_id = settings.hub_model_id or Path(settings.output_dir).name
+        if accelerator.is_main_process:
+            check_push(settings.hub_model_id, settings.hub_private_repo)
     with accelerator.main_process_first():
         corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
     set_seed(settings.seed)
     tokenizer, model = make_tokenizer_and_model(settings, corpus)
+    if settings.push_to_hub:
+        choose_format(model.config, settings.hub_format)
+    model.generation_config.max_length = model.config.n_positions  # or a pipeline's default runs past the context
     model.set_attn_implementation(settings.attn_implementation)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -84,8 +91,10 @@ def make_tokenizer_and_model(
     generation = model.generation_config
     generation.do_sample = True
     generation.bos_token_id = generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
-    if model.config.vocab_size > len(tokenizer):
-        generation.suppress_tokens = list(range(len(tokenizer), model.config.vocab_size))
+    if not base:
+        # What training never shows is never sampled: padding, bytes and, where no document ends, the end of text.
+        unseen = np.setdiff1d(np.arange(model.config.vocab_size), encode_documents(tokenizer, corpus.train))
+        generation.suppress_tokens = unseen.tolist() or None
     return tokenizer, model
 
 
@@ -133,7 +142,8 @@ def finish(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model,
     text = "\n\n---\n\n".join(sample.strip() for sample in samples) + "\n"
     with files_written_whole(folder) as staging:
         (staging / "samples.txt").write_text(printable(text), encoding="utf-8")
-    draw_loss_curve(folder / "loss_curve.png", read_metrics(folder / "metrics.jsonl"), f"{corpus.name}, {settings.tokenizer}")
+    title = f"{Path(corpus.name).name}, {Path(settings.tokenizer).name}"  # without folders of this machine
+    draw_loss_curve(folder / "loss_curve.png", read_metrics(folder / "metrics.jsonl"), title)
     say(
         accelerator,
         "",
@@ -144,3 +154,7 @@ def finish(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model,
         f"run folder      {folder}",
         f"more samples    python recipes/sample.py --model {folder}",
     )
+    write_card(folder)
+    if settings.push_to_hub:
+        url = push(folder, settings.hub_model_id, private=settings.hub_private_repo, format=settings.hub_format)
+        say(accelerator, f"shared          {url}")

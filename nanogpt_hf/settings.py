@@ -6,6 +6,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from io import TextIOWrapper
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeVar
@@ -14,6 +15,7 @@ import yaml
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+from transformers.utils import logging as transformers_logging
 
 from .safe_text import printable, without_home
 
@@ -236,6 +238,10 @@ def run_recipe(main: Callable[[], None]) -> None:
 
     NANOGPT_HF_DEBUG=1 shows the traceback too.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a model's Cyrillic prints under any locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    transformers_logging.disable_progress_bar()
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:

@@ -12,6 +12,7 @@ that colours each character by what it costs the models.
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ from nanogpt_hf.loading import check_name, load_model_and_tokenizer
 from nanogpt_hf.reporting import library_versions, say
 from nanogpt_hf.safe_text import without_home
 from nanogpt_hf.settings import parse, run_recipe, setting
+
+# A script's folder comes first on the path, so that the library evaluate would be looked for in this very file.
+sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 
 @dataclass

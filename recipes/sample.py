@@ -7,6 +7,7 @@
 Texts may be longer than the model's context: its window slides.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ class SampleSettings:
     def __post_init__(self):
         if self.model is None:
             raise ValueError("--model is missing: give a run folder or a Hub id.")
+        # Python spells the bytes of an argument as surrogates where the locale is not UTF-8.
+        self.prompt, *self.stop = (os.fsencode(text).decode("utf-8") for text in (self.prompt, *self.stop))
         for name in ("num_return_sequences", "max_new_tokens", "top_k"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")

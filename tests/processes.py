@@ -12,7 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from nanogpt_hf.corpora import load_corpus
 from nanogpt_hf.hardware import make_accelerator
@@ -23,10 +26,12 @@ from nanogpt_hf.training import train
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["processes", "matplotlib.backends.backend_agg", "torch.nn.parallel"]
 TINY = (
-    "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --dropout 0.1 --use_cpu "
+    "--architecture modern --optim muon --n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --dropout 0.1 --use_cpu "
     "--max_steps 30 --warmup_steps 5 --logging_steps 3 --eval_steps 6 --save_steps 5 --per_device_eval_batch_size 512"
 ).split()
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 30
+
+tqdm.get_lock()  # made before any fork: a killed process would leave one of its own behind
 
 
 def write_corpus(folder: Path, text: str = TEXT) -> Path:
@@ -45,7 +50,9 @@ def train_here(words: list[str], change_model=None, accelerator=None):
     Args:
         change_model: called with the model before it is trained.
     """
+    disable_progress_bar()
     settings = parse(TrainingSettings, None, argv=words)
+    AcceleratorState._reset_state(reset_partial_state=True)  # each run has its own precision
     accelerator = accelerator or make_accelerator(settings)
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
     set_seed(settings.seed)
@@ -74,11 +81,17 @@ class Run:
             Run.context.set_forkserver_preload(PRELOADED)
         words = [str(word) for word in words]
         self.log = log or Path(words[words.index("--output_dir") + 1] + ".log")
-        threads = os.environ.get("OMP_NUM_THREADS")
+        self.process = Run.context.Process(
+            target=_run, args=(words, recipe, str(self.log), prepare, environment)
+        )
+        before = dict(os.environ)
         os.environ["OMP_NUM_THREADS"] = "1"  # a process of several threads cannot be forked safely
-        self.process = Run.context.Process(target=_run, args=(words, recipe, str(self.log), prepare, environment))
-        self.process.start()
-        os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        try:
+            self.process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
     def wait(self, timeout=120) -> int:
         """Its exit status, 128 + n after signal n as a shell has it."""
@@ -138,4 +151,6 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def without_times(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in ("elapsed_s", "tokens_per_s")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("elapsed_s", "tokens_per_s")} for row in rows
+    ]

@@ -213,7 +213,7 @@ def test_one_and_two_processes_with_the_same_global_batch_give_the_same_losses(t
     for processes, batch in ((1, 8), (2, 4)):
         folder = tmp_path / f"run-{processes}"
         done = launch(
-            *("-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", "0"),
+            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes),
             *("recipes/pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, "--bf16", "false"),
             *("--dropout", "0", "--per_device_train_batch_size", batch, "--max_steps", 10, "--logging_steps", 1),
         )

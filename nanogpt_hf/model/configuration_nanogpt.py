@@ -49,7 +49,9 @@ class NanoGPTConfig(GPT2Config):
             if getattr(self, switch) is None:
                 setattr(self, switch, value)
         switches = {switch: getattr(self, switch) for switch in ARCHITECTURES["gpt2"]}
-        self.architecture = next((name for name, preset in ARCHITECTURES.items() if preset == switches), "custom")
+        self.architecture = next(
+            (name for name, preset in ARCHITECTURES.items() if preset == switches), "custom"
+        )
         # AutoModel cannot be written by save_pretrained of the head class, so all three are named here.
         self.auto_map = {
             "AutoConfig": "configuration_nanogpt.NanoGPTConfig",
@@ -65,7 +67,9 @@ class NanoGPTConfig(GPT2Config):
             if getattr(self, switch) not in allowed:
                 raise ValueError(f"{switch} is {getattr(self, switch)!r}, use one of {', '.join(allowed)}.")
         if self.activation_function not in ACT2FN:
-            raise ValueError(f"activation_function is {self.activation_function!r}, which transformers does not have.")
+            raise ValueError(
+                f"activation_function is {self.activation_function!r}, which transformers does not have."
+            )
         for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, it must be at least 1.")
@@ -79,7 +83,9 @@ class NanoGPTConfig(GPT2Config):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, it must be at least 0 and under 1.")
         if self.add_cross_attention:
-            raise ValueError("add_cross_attention is set, but this is a decoder without an encoder: unset it.")
+            raise ValueError(
+                "add_cross_attention is set, but this is a decoder without an encoder: unset it."
+            )
 
     @property
     def inner_size(self) -> int:
@@ -156,6 +162,8 @@ def qwen3_fields(config: NanoGPTConfig) -> dict:
     """The arguments of the Qwen3Config that describes the same network as a modern NanoGPTConfig."""
     fields = {theirs: getattr(config, ours) for theirs, ours in QWEN3_FIELDS.items()}
     fields |= {name: getattr(config, name) for name in SHARED_FIELDS}
+    if fields["pad_token_id"] not in range(config.vocab_size):
+        fields["pad_token_id"] = None  # Qwen3's embedding insists on a row for it
     return fields | {
         "intermediate_size": config.inner_size,
         "num_key_value_heads": config.n_head,

@@ -103,7 +103,9 @@ class NanoGPTAttention(nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, rotation=None, **kwargs):
         B, T, C = hidden_states.shape
-        query, key, value = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim).unbind(2)  # B T H D each
+        query, key, value = (
+            self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim).unbind(2)
+        )  # B T H D each
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H T D
@@ -359,14 +361,20 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         plain = {} if name is None else PreTrainedConfig.get_config_dict(name, **kwargs)[0]
         load = cls._from_qwen3 if plain.get("model_type") == "qwen3" else super().from_pretrained
         verbosity = logging.get_verbosity()
-        logging.set_verbosity(max(verbosity, logging.ERROR))  # a table of keys is what the errors here replace
+        logging.set_verbosity(
+            max(verbosity, logging.ERROR)
+        )  # a table of keys is what the errors here replace
         try:
             model, info = load(name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         except SafetensorError as error:
-            raise ValueError(f"the weights of {name} are damaged or incomplete ({error}): copy them again.") from error
+            raise ValueError(
+                f"the weights of {name} are damaged or incomplete ({error}): copy them again."
+            ) from error
         except OSError as error:
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{name} has no weights in safetensors, and pickles are not read: {reason}") from error
+            raise ValueError(
+                f"{name} has no weights in safetensors, and pickles are not read: {reason}"
+            ) from error
         finally:
             logging.set_verbosity(verbosity)
         misfit = describe_misfit(info, ignore_mismatched_sizes)
@@ -388,7 +396,10 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(
-            {ours: torch.cat([weights[part] for part in parts]) for ours, parts in qwen3_names(config).items()},
+            {
+                ours: torch.cat([weights[part] for part in parts])
+                for ours, parts in qwen3_names(config).items()
+            },
             assign=True,
         )
         model.tie_weights()
@@ -404,7 +415,11 @@ def describe_misfit(info: dict, ignore_mismatched_sizes: bool) -> str | None:
     if info["missing_keys"]:
         return f"it lacks {len(info['missing_keys'])} weights, {min(info['missing_keys'])} among them"
     # Other heads may lie beside ours, but all of the network itself must have found its place.
-    stray = [key for key in info["unexpected_keys"] if key.split(".")[0] in ("transformer", "model", "h", "wte", "wpe")]
+    stray = [
+        key
+        for key in info["unexpected_keys"]
+        if key.split(".")[0] in ("transformer", "model", "h", "wte", "wpe")
+    ]
     return f"it has {len(stray)} weights more, {min(stray)} among them" if stray else None
 
 
@@ -423,7 +438,10 @@ QWEN3_BLOCK = {
 
 def qwen3_names(config: NanoGPTConfig) -> dict[str, list[str]]:
     """Every weight of a modern model -> the weights of Qwen3ForCausalLM that it stacks."""
-    names = {"transformer.wte.weight": ["model.embed_tokens.weight"], "transformer.ln_f.weight": ["model.norm.weight"]}
+    names = {
+        "transformer.wte.weight": ["model.embed_tokens.weight"],
+        "transformer.ln_f.weight": ["model.norm.weight"],
+    }
     for layer in range(config.n_layer):
         for ours, theirs in QWEN3_BLOCK.items():
             names[f"transformer.h.{layer}.{ours}.weight"] = [

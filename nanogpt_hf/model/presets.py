@@ -12,7 +12,7 @@ from .configuration_nanogpt import NanoGPTConfig
 #   head size (and the 1.3B parameters in the name).
 #   gpt3-13b says width 5,140 with 40 heads of 128; 40 x 128 is 5,120. Taken: width 5,120.
 PRESETS = {
-    "cpu": (4, 4, 128, 64, None),
+    "cpu": (4, 4, 128, 128, None),
     "baby": (6, 6, 384, 256, None),
     "gpt2": (12, 12, 768, 1024, 50257),
     "gpt2-medium": (24, 16, 1024, 1024, 50257),

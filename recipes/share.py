@@ -1,0 +1,49 @@
+"""Give a trained model away: on the Hub, or as a folder that other tools read.
+
+    python recipes/share.py --model runs/tiny_shakespeare-char --hub_model_id my-name/shakespeare
+    python recipes/share.py --model runs/tiny_shakespeare-char --hub_model_id shakespeare --hub_private_repo
+    python recipes/share.py --model runs/tiny_shakespeare-char --output_dir plain
+
+The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project. Uploading needs a
+token: `hf auth login`. Doing it again sends only what has changed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanogpt_hf.hub import check_push, export_run, push
+from nanogpt_hf.settings import parse, run_recipe, setting
+
+
+@dataclass
+class ShareSettings:
+    model: str | None = setting(None, "run folder, or any folder with a checkpoint of ours")
+    hub_model_id: str | None = setting(None, "upload to this name on the Hub, NAME or OWNER/NAME")
+    hub_private_repo: bool = setting(False, "make the Hub repository private")
+    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt"] = setting("auto", "checkpoint format")
+    output_dir: str | None = setting(None, "write the checkpoint into this folder")
+
+    def __post_init__(self):
+        if self.model is None:
+            raise ValueError("--model is missing: give a run folder.")
+        if self.hub_model_id is None and self.output_dir is None:
+            raise ValueError("there is nothing to do: give --hub_model_id, --output_dir or both.")
+        if self.output_dir and Path(self.output_dir).exists() and any(Path(self.output_dir).iterdir()):
+            raise ValueError(f"--output_dir {self.output_dir} is not empty: choose another folder.")
+
+
+def main() -> None:
+    settings = parse(ShareSettings, __doc__)
+    if settings.hub_model_id:
+        check_push(settings.hub_model_id, settings.hub_private_repo)
+    if settings.output_dir:
+        export_run(settings.model, settings.output_dir, settings.hub_format)
+        print(f"written to {settings.output_dir}")
+    if settings.hub_model_id:
+        format, private = settings.hub_format, settings.hub_private_repo
+        print(f"shared at {push(settings.model, settings.hub_model_id, private=private, format=format)}")
+
+
+if __name__ == "__main__":
+    run_recipe(main)
