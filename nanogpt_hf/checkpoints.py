@@ -4,10 +4,10 @@ A checkpoint folder holds the model as transformers saves it, the optimisers' st
 of the run in JSON, and a manifest of every file's size and SHA-256. It is written under another name and renamed.
 """
 
-import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -96,9 +96,10 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, SafetensorError) or "(os error " in str(error):
-            raise OSError(errno.EIO, f"the model could not be written ({error})") from error
-        raise
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 @contextmanager

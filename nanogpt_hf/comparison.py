@@ -210,7 +210,7 @@ def _positions(text: str, width: int) -> np.ndarray:
         if column and column + len(word.rstrip()) > width:
             line, column = line + 1, 0
         for character in word:
-            if column >= width + (character == "\n"):
+            if column >= width + character.isspace():
                 line, column = line + 1, 0
             places.append((line, column))
             line, column = (line + 1, 0) if character == "\n" else (line, column + 1)
@@ -246,21 +246,26 @@ def draw_surprise(
     n_lines, n_columns = places.max(axis=0) + 1
     across = 2 if len(panels) == 4 else min(3, len(panels))
     down = -(-len(panels) // across)
-    panel_width, panel_height = max(30, n_columns) * cell_width, n_lines * cell_height
-    gap, head, foot = 0.35, 0.95, 0.75
-    size = (across * (panel_width + gap) + gap, head + down * (panel_height + gap) + foot)
+    panel_width = max(28, n_columns, *map(len, panels)) * cell_width
+    panel_height = n_lines * cell_height
+    gap, above, below = 0.35, 0.65, 0.75  # above: the title; every panel has a heading as high as that
+    title_width = 0.105 * len(title)
+    size = (
+        gap + max(5, title_width, across * (panel_width + gap)),
+        above + down * (above + panel_height) + below,
+    )
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
-    figure.text(gap / size[0], 1 - 0.38 / size[1], title, fontsize=13, weight="bold")
+    figure.text(gap / size[0], 1 - 0.4 / size[1], title, fontsize=12, weight="bold")
 
     colours = colormaps["YlOrRd"].with_extremes(bad="#dddddd")
-    everything = np.concatenate(list(panels.values()))
-    scale = Normalize(
-        0, max(1, math.ceil(np.nanpercentile(everything, 98))) if np.isfinite(everything).any() else 1
-    )
+    # The best model's range: a hopeless one would wash all others out.
+    best = min(panels.values(), key=lambda bits: np.nanmean(bits) if np.isfinite(bits).any() else math.inf)
+    top = math.ceil(np.nanpercentile(best, 98)) if np.isfinite(best).any() else 1
+    scale = Normalize(0, max(1, top))
     for number, (name, bits) in enumerate(panels.items()):
         left = gap + number % across * (panel_width + gap)
-        top = head + number // across * (panel_height + gap)
+        top = above + number // across * (above + panel_height) + above
         axes = figure.add_axes(
             (
                 left / size[0],
@@ -274,10 +279,15 @@ def draw_surprise(
         cells = np.full((n_lines, n_columns, 4), 1.0)
         cells[places[:, 0], places[:, 1]] = colours(scale(np.ma.masked_invalid(bits)))
         axes.imshow(cells, extent=(0, n_columns, n_lines, 0), aspect="auto", interpolation="nearest")
-        mean = f"{np.nanmean(bits):.2f} bits a character here" if np.isfinite(bits).any() else ""
-        axes.set_title(f"{name}   {mean}", loc="left", fontsize=10, pad=4)
+        mean = (
+            f"{np.nanmean(bits):.2f} bits a character here"
+            if np.isfinite(bits).any()
+            else "nothing to predict"
+        )
+        axes.text(0, -1.35, name, fontsize=10, weight="bold")
+        axes.text(0, -0.4, mean, fontsize=9)
         for character, (line, column), colour in zip(passage, places, cells[*places.T], strict=True):
-            if character != " ":
+            if not character.isspace() or character == "\n":
                 ink = "white" if colour[:3] @ (0.299, 0.587, 0.114) < 0.5 else "black"
                 faint = 0.35 if character == "\n" else 1
                 axes.text(

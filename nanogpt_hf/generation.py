@@ -121,10 +121,12 @@ def stream_text(
         sampling: temperature, top_k, top_p and seed of `generate_ids`.
 
     Raises:
-        ValueError: the prompt is empty.
+        ValueError: the prompt is empty, or is not Unicode text.
     """
     if not prompt:
         raise ValueError("the prompt is empty: give at least one character (a newline will do).")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("the prompt holds half of a surrogate pair, which is not Unicode text: leave it out.")
     ids = torch.from_numpy(encode(tokenizer, prompt)).long().repeat(num_return_sequences, 1)
     writers = [_Writer(tokenizer, stop) for _ in range(num_return_sequences)]
     tokens = generate_ids(model, ids, **sampling)

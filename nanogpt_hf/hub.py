@@ -1,4 +1,4 @@
-"""Sharing: a checkpoint in a format that others read, its model card, and the upload.
+"""Sharing: a checkpoint in a format that others read, and its upload.
 
 Every request of an upload is bounded in time, and the upload as a whole is repeated when it fails: huggingface_hub
 repeats some of its requests, but never the commit. Repeating is safe. Files that are there already are left out, and
@@ -15,19 +15,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import isfinite, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
-import yaml
 from huggingface_hub import (
     CommitOperationAdd,
-    EvalResult,
     HfApi,
-    ModelCard,
-    ModelCardData,
     constants,
     get_session,
     get_token,
@@ -39,7 +34,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -49,11 +43,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from .checkpoints import files_written_whole
 from .model import NanoGPTConfig, NanoGPTForCausalLM
 from .model.configuration_nanogpt import qwen3_fields
 from .model.modeling_nanogpt import qwen3_state_dict
-from .reporting import read_metrics
+from .model_card import without_token, write_card
 from .safe_text import printable
 from .tokenization import load_tokenizer
 
@@ -155,17 +148,20 @@ def _make_tokenizer_plain(folder: Path, tokenizer: PreTrainedTokenizerFast, rows
     """What readers of plain checkpoints expect: a token for every row of the embedding, an unknown token (CTranslate2
     has no model without), a class that transformers 4 knows. The ids of texts stay the same: a token that no merge
     makes is never chosen."""
-    taken = set(tokenizer.get_vocab().values())
+    known = tokenizer.get_vocab()
 
     def fill(spec: dict) -> dict:
         if spec["model"]["type"] == "BPE":
-            spec["model"]["vocab"] |= {f"<|unused_{i}|>": i for i in range(rows) if i not in taken}
+            unused = {f"<|unused_{i}|>": i for i in range(rows) if i not in known.values()}
+            spec["model"]["vocab"] |= known | unused
         return spec
 
     def settle(spec: dict) -> dict:
         if spec["tokenizer_class"] == "TokenizersBackend":
             spec["tokenizer_class"] = "PreTrainedTokenizerFast"
-        return {"unk_token": tokenizer.eos_token} | spec
+        # transformers 4 would add token_type_ids, and its GPT-2 embed them.
+        inputs = ["input_ids", "attention_mask"]
+        return {"unk_token": tokenizer.eos_token, "model_input_names": inputs} | spec
 
     _edit_json(folder / "tokenizer.json", fill)
     _edit_json(folder / "tokenizer_config.json", settle)
@@ -200,210 +196,6 @@ def export_run(
         shutil.copy(folder / "loss_curve.png", target)
 
 
-# --- the model card ---
-
-# Settings that say where a run was and with whom it is shared, not what was trained.
-NOT_IN_A_CARD = (
-    "corpus model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
-    "hub_model_id hub_private_repo hub_format"
-).split()
-LOADING = {
-    "plain": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", {name})\n',
-    "nanogpt": (
-        "from transformers import pipeline\n\n"
-        'generate = pipeline("text-generation", {name}, trust_remote_code=True)\n'
-        "# with nanogpt_hf installed, `import nanogpt_hf` takes the place of trust_remote_code=True\n"
-    ),
-}
-
-
-def write_card(
-    folder: str | os.PathLike,
-    target: str | os.PathLike | None = None,
-    format: str = "nanogpt",
-    name: str | None = None,
-) -> None:
-    """Write README.md, the model card, from what a run has left in its folder; what is not there is left out.
-
-    Args:
-        target: where to write it, by default the run folder.
-        format: of the checkpoint beside the card.
-        name: what the card's lines load, a Hub id; by default the target's name.
-
-    Raises:
-        ValueError: run.yaml cannot be read.
-    """
-    folder, target = Path(folder), Path(target or folder)
-    name = name or target.resolve().name
-    settings = _read_run(folder / "run.yaml")
-    record = settings.pop("record", {})
-    corpus = record.get("corpus", {})
-    base = settings.get("model_name_or_path")
-    config = (
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (folder / "config.json").exists()
-        else {}
-    )
-    rows = read_metrics(folder / "metrics.jsonl")
-    best = min(
-        (row for row in rows if isfinite(row.get("eval_loss", float("nan")))),
-        key=lambda r: r["eval_loss"],
-        default={},
-    )
-    corpus_name = _last_part(corpus["name"]) if corpus else None
-    samples = (
-        (folder / "samples.txt").read_text(encoding="utf-8") if (folder / "samples.txt").exists() else ""
-    )
-    samples = printable(samples)[:4000].strip("\n")
-
-    data = ModelCardData(
-        language=corpus.get("language"),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["nanogpt_hf", *([config["architecture"]] if "architecture" in config else [])],
-        datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source", "")) or None,
-        base_model=base if base and _is_hub_id(base) else None,
-        model_name=printable(name),
-        eval_results=_results(corpus_name, best, rows) if corpus and best else None,
-        **_license(corpus.get("license")),
-    )
-    body = [f"# {_plain_words(name.split('/')[-1])}", _opening_words(config, folder, corpus_name, base)]
-    body += ["## Use", _fenced(_loading_lines(name, format, samples), "python")]
-    if corpus:
-        body += ["## Corpus", _corpus_words(corpus)]
-    if best:
-        body += ["## Result", _result_words(best, rows)]
-        if (folder / "loss_curve.png").exists():
-            body += ["![loss over the steps](loss_curve.png)"]
-    if settings:
-        shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [])}
-        shown = {"tokenizer": _last_part(settings.get("tokenizer") or "")} | shown
-        body += [
-            "## Settings",
-            _fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), "yaml"),
-        ]
-    if record.get("command"):
-        body += ["The command that made it:", _fenced(record["command"], "bash")]
-    if record.get("versions"):
-        body += ["With " + ", ".join(_code(f"{k} {v}") for k, v in record["versions"].items()) + "."]
-    if samples:
-        body += ["## Samples", _fenced(samples, "text")]
-    card = ModelCard(_without_token(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
-    with files_written_whole(target) as staging:
-        card.save(staging / "README.md")
-
-
-def _read_run(path: Path) -> dict:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-
-
-def _license(corpus_license: str | None) -> dict:
-    """The card's fields; the Hub knows "other" and "unknown", but not the public domain."""
-    if corpus_license == "public domain":
-        link = "https://creativecommons.org/publicdomain/mark/1.0/"
-        return {"license": "other", "license_name": "public-domain", "license_link": link}
-    return {"license": corpus_license or "unknown"}
-
-
-def _results(corpus_name: str, best: dict, rows: list[dict]) -> list[EvalResult]:
-    measured = {
-        ("validation", "loss", "loss, nats a token"): best.get("eval_loss"),
-        ("validation", "bits_per_character", "bits per character"): best.get("eval_bits_per_char"),
-        ("train", "loss", "loss of one batch, nats a token"): _last(rows, "train_loss"),
-    }
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=re.sub(r"[^\w.-]+", "-", corpus_name).strip("-") or "corpus",
-            dataset_name=printable(corpus_name),
-            dataset_split=split,
-            metric_type=metric,
-            metric_name=label,
-            metric_value=round(value, 4),
-        )
-        for (split, metric, label), value in measured.items()
-        if value is not None
-    ]
-
-
-def _last(rows: list[dict], key: str) -> float | None:
-    return next((row[key] for row in reversed(rows) if isfinite(row.get(key, float("nan")))), None)
-
-
-def _opening_words(config: dict, folder: Path, corpus_name: str | None, base: str | None) -> str:
-    sizes = []
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            sizes += [prod(file.get_slice(key).get_shape()) for key in file.keys()]
-    words = f"A GPT of {sum(sizes) / 1e6:.2f}M parameters"
-    if "architecture" in config:
-        words += (
-            f", architecture {_code(config['architecture'])}: {config['n_layer']} layers, {config['n_head']} heads, "
-            f"width {config['n_embd']}, context {config['n_positions']} tokens"
-        )
-    if corpus_name:
-        words += f"; {f'fine-tuned from {_code(_last_part(base))}' if base else 'trained from scratch'} on {_code(corpus_name)}"
-    return words + "."
-
-
-def _loading_lines(name: str, format: str, samples: str) -> str:
-    prompt = next((line for line in samples.split("\n") if line.strip()), "\n")[:20]
-    lines = LOADING["nanogpt" if format == "nanogpt" else "plain"].format(
-        name=json.dumps(name, ensure_ascii=False)
-    )
-    return lines + f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
-
-
-def _corpus_words(corpus: dict) -> str:
-    lines = [f"- source: {_code(corpus['source'])}", f"- SHA-256 of the text: {_code(corpus['sha256'])}"]
-    if "characters" in corpus:
-        lines.append(f"- {corpus['characters']:,} characters")
-    if corpus.get("license"):
-        lines.append(f"- licence: {_code(corpus['license'])}")
-    if corpus.get("notice"):
-        lines.append(f"- note: {_plain_words(corpus['notice'])}")
-    return "\n".join(lines)
-
-
-def _result_words(best: dict, rows: list[dict]) -> str:
-    words = f"Validation loss {best['eval_loss']:.4f} nats a token"
-    if "eval_bits_per_char" in best:
-        words += f" ({best['eval_bits_per_char']:.4f} bits per character)"
-    words += f" at step {best['step']:,} of {rows[-1]['step']:,}, over the whole validation split"
-    train_loss = _last(rows, "train_loss")
-    return words + (f"; training loss of the last batch {train_loss:.4f}." if train_loss is not None else ".")
-
-
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)) and not os.path.exists(name)
-
-
-def _last_part(name: str) -> str:
-    """A Hub id as it is; of a path only its last part, which tells nothing about the machine it was on."""
-    return name if _is_hub_id(name) else Path(name).name
-
-
-def _code(text: str) -> str:
-    """A code span that its content cannot end."""
-    text = " ".join(printable(text).split())
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block that its content cannot end."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{printable(text)}\n{fence}"
-
-
-def _plain_words(text: str) -> str:
-    """One line in which nothing is mark-up."""
-    return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", " ".join(printable(text).split()))
-
-
 # --- the Hub ---
 
 
@@ -435,10 +227,10 @@ def check_push(
         raise ValueError(
             "--push_to_hub is set, and so is HF_HUB_OFFLINE, which forbids it: unset one of them."
         )
-    if get_token() is None:
-        raise ValueError(
-            "uploading needs a token of the Hub, and there is none: log in with `hf auth login`."
-        )
+    token = get_token()
+    if token is None or not re.fullmatch("[!-~]+", token):
+        fault = "there is none" if token is None else "the one there is has characters that no token has"
+        raise ValueError(f"uploading needs a token of the Hub, and {fault}: log in with `hf auth login`.")
     api = HfApi()
     try:
         with _bounded(timeout):
@@ -601,10 +393,5 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     status = _status(error)
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
-    text = " ".join(_without_token(printable(text)).split())[:200].rstrip(".")
+    text = " ".join(without_token(printable(text)).split())[:200].rstrip(".")
     return f"{status}: {text}" if status else f"{type(error).__name__}: {text}"
-
-
-def _without_token(text: str) -> str:
-    token = get_token()
-    return text.replace(token, "…") if token else text

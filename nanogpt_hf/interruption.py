@@ -14,18 +14,19 @@ CHECKPOINTING = getattr(signal, "SIGUSR1", None)  # Windows has none
 class Interruption:
     """A context in which SIGTERM and SIGINT ask for a clean stop and SIGUSR1 for a checkpoint.
 
-    A second SIGTERM or SIGINT ends the process at once.
+    A second SIGTERM or SIGINT ends the process at once. A signal that comes to one process is only noted until
+    all processes `agree`: one that acted on it alone would leave the others waiting.
 
     Attributes:
-        signal: the stopping signal that came, 0 before one has.
-        checkpoint: whether a checkpoint was asked for since the last `agree`.
+        signal: the stopping signal that all know of, 0 before one has come.
+        checkpoint: whether a checkpoint was asked for before the last `agree`.
         out_of_time: whether max_minutes had passed at the last `agree`.
     """
 
     def __init__(self, max_minutes: float | None):
         self.max_minutes = max_minutes
         self.signal, self.checkpoint, self.out_of_time = 0, False, False
-        self._wants_checkpoint = False
+        self._noted, self._wants_checkpoint = 0, False
         self._before = {}
 
     def __enter__(self) -> "Interruption":
@@ -42,16 +43,16 @@ class Interruption:
     def _note(self, number, frame) -> None:
         if number == CHECKPOINTING:
             self._wants_checkpoint = True
-        elif self.signal:
+        elif self._noted:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         else:
-            self.signal = number
+            self._noted = number
 
     def agree(self, accelerator: Accelerator, elapsed_s: float) -> None:
         """Take the decisions of any process for all of them. One process decides without communication."""
         late = self.max_minutes is not None and elapsed_s > 60 * self.max_minutes
-        flags = [int(self.signal), int(self._wants_checkpoint), int(late)]
+        flags = [int(self._noted), int(self._wants_checkpoint), int(late)]
         self._wants_checkpoint = False
         if accelerator.num_processes > 1:
             asked = accelerator.gather(torch.tensor([flags], device=accelerator.device))

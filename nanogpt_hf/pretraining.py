@@ -50,7 +50,7 @@ def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
     model.generation_config.max_length = model.config.n_positions  # or a pipeline's default runs past the context
     model.set_attn_implementation(settings.attn_implementation)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # renamed in 5.2x
     describe(accelerator, settings, corpus, tokenizer, model, reason)
     progress = train(accelerator, settings, corpus, tokenizer, model)
     finish(accelerator, settings, corpus, tokenizer, model, progress)

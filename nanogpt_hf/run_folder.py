@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from .checkpoints import Progress, damage, delete, newest_good, read_progress
 from .corpora import Corpus
 from .reporting import library_versions, say, write_yaml
+from .safe_text import without_home
 from .settings import TrainingSettings, public_values
 
 # What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
@@ -175,13 +178,15 @@ def open_run_folder(
         values = public_values(settings) | {"resume_from_checkpoint": None, "overwrite_output_dir": False}
         record = {
             "corpus": {
-                "name": corpus.name,
+                "name": without_home(corpus.name),
                 "source": corpus.source,
                 "sha256": corpus.sha256,
+                "language": corpus.language,
                 "license": corpus.license,
                 "notice": corpus.notice,
                 "characters": sum(map(len, corpus.train)) + sum(map(len, corpus.validation)),
             },
+            "command": command_line(),
             "identity": identity,
             "tokenizer_tokens": len(tokenizer),
             "versions": library_versions(),
@@ -191,6 +196,16 @@ def open_run_folder(
         raise ValueError(
             f"--output_dir {folder} cannot be written ({error.strerror}): give another folder."
         ) from error
+
+
+def command_line() -> str | None:
+    """The command of this process as it may be shown, if it is one of the recipes: no path of the user's home."""
+    script, *words = sys.argv
+    if Path(script).resolve().parent.name != "recipes":
+        return None
+    parts = [word.partition("=") for word in words]
+    words = [without_home(name) + equals + without_home(value) for name, equals, value in parts]
+    return shlex.join(["accelerate", "launch", f"recipes/{Path(script).name}", *words])
 
 
 def note_evaluation(progress: Progress, loss: float) -> bool:

@@ -1,6 +1,7 @@
 """Every setting of a training run, and the command line that sets them."""
 
 import difflib
+import errno
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -115,6 +116,8 @@ class TrainingSettings:
         for name in ("warmup_steps", "max_grad_norm", "weight_decay", "learning_rate", "muon_learning_rate", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}, it must not be negative.")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed is {self.seed}, it must be less than {2**32}.")
         for name in ("max_minutes", "early_stopping_patience"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
@@ -160,14 +163,17 @@ def _from_yaml(path: str, known: Sequence[str]) -> dict:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except Exception as error:  # what PyYAML's constructors meet comes through as it is
+        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())[:300]}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold `setting: value` lines.")
     values.pop("record", None)
     for key in values:
         if key not in known:
             raise ValueError(f"{path} sets {key!r}, which is no setting{_nearest(str(key), known)}.")
+        words = values[key] if isinstance(values[key], list) else [values[key]]
+        if any(isinstance(word, (dict, list, set, tuple)) for word in words):
+            raise ValueError(f"{path} gives {key} something else than a value or a list of values.")
     return values
 
 
@@ -275,6 +281,8 @@ def _answer(error: BaseException, lost: bool) -> tuple[str | None, int]:
             f"or --per_device_eval_batch_size if it came in evaluation; {whole}.",
             1,
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}: make room, and go on with --resume_from_checkpoint last; {whole}.", 1
     if isinstance(error, OSError):
         return f"{error}; {whole}.", 1
     return (str(error), 2) if isinstance(error, ValueError) else (None, 1)

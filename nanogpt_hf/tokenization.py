@@ -128,12 +128,9 @@ def _pieces(text: str) -> list[str]:
 def _splits_words(backend: Tokenizer) -> bool:
     """Whether it cuts text into words as GPT-2's tokenizer does, before anything else."""
     splitter = backend.pre_tokenizer
-    as_gpt2 = (
-        isinstance(splitter, pre_tokenizers.ByteLevel)
-        and splitter.use_regex
-        and not splitter.add_prefix_space
-    )
-    return as_gpt2 and backend.normalizer is None
+    if not isinstance(splitter, pre_tokenizers.ByteLevel) or backend.normalizer is not None:
+        return False
+    return splitter.use_regex and not splitter.add_prefix_space
 
 
 def _character_encoder(backend: Tokenizer) -> Callable[[str], np.ndarray] | None:

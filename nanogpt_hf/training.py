@@ -77,10 +77,10 @@ def train(
 
     patience = settings.early_stopping_patience or float("inf")
     ended = progress.step >= settings.max_steps or progress.evaluations_since_best >= patience
-    if settings.eval_on_start and progress.step == 0 or ended and progress.best_loss is None:
-        log.write(progress.step, **evaluate())
-    model.train()
     with Interruption(settings.max_minutes) as interruption:
+        if settings.eval_on_start and progress.step == 0 or ended and progress.best_loss is None:
+            log.write(progress.step, **evaluate())
+        model.train()
         while not ended:
             set_learning_rates(optimizers, rate_factor(progress.step))
             torch.manual_seed(step_seed(settings.seed, progress.step, accelerator.process_index))
@@ -126,6 +126,7 @@ def train(
                 say(accelerator, f"stopped at step {step} with a checkpoint; go on with --resume_from_checkpoint last")
                 sys.exit(128 + interruption.signal)
             if interruption.checkpoint:
+                interruption.checkpoint = False
                 say(accelerator, f"checkpoint at step {step}, as asked")
     if interruption.out_of_time:
         say(accelerator, f"--max_minutes {settings.max_minutes} passed at step {progress.step} of {settings.max_steps}")

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers.utils import logging
 
 from nanogpt_hf.checkpoints import files_written_whole
 from nanogpt_hf.comparison import (
@@ -36,7 +35,6 @@ from nanogpt_hf.corpora import load_corpus
 from nanogpt_hf.hardware import device_type, use_all_cores
 from nanogpt_hf.loading import check_name, load_model_and_tokenizer
 from nanogpt_hf.reporting import library_versions, say
-from nanogpt_hf.safe_text import without_home
 from nanogpt_hf.settings import parse, run_recipe, setting
 
 # A script's folder comes first on the path, so that the library evaluate would be looked for in this very file.
@@ -88,7 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(EvaluationSettings, __doc__, argv)
     for name in settings.model:
         check_name(name)
-    logging.disable_progress_bar()
     use_all_cores()
     accelerator = Accelerator(cpu=device_type(settings.use_cpu) == "cpu")
     with accelerator.main_process_first():
@@ -118,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             page[name] = surprise(model, tokenizer, text, start, context_of(model, settings.n_positions))
     if accelerator.is_main_process:
         split = {
-            "corpus": without_home(corpus.name),
+            "corpus": Path(corpus.name).name,  # without folders of this machine
+            "source": corpus.source,
             "sha256": corpus.sha256,
             "validation_characters": sum(map(len, corpus.validation)),
             "validation_bytes": sum(len(document.encode()) for document in corpus.validation),
@@ -126,18 +124,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"{split['corpus']}, validation split of {split['validation_characters']:,} characters"
         print(f"\n{title}\n\n{table(rows)}", end="")
         if settings.output_dir:
-            write(settings.output_dir, title, table(rows), split | {"models": rows}, text[start:], page)
+            write(settings.output_dir, title, rows, split, text[start:], start, page)
     accelerator.end_training()
 
 
-def write(folder: str, title: str, table: str, results: dict, passage: str, page: dict) -> None:
+def write(
+    folder: str, title: str, rows: list[dict], split: dict, passage: str, start: int, page: dict
+) -> None:
     """The table, all numbers and the page of surprise into a folder."""
-    results |= {"versions": library_versions()}
+    results = split | {"models": rows, "versions": library_versions()}
+    place = f"Surprise in {split['corpus']}, validation text from character {start:,}"
     try:
         with files_written_whole(Path(folder)) as staging:
-            (staging / "results.md").write_text(f"{title}\n\n{table}", encoding="utf-8")
+            (staging / "results.md").write_text(f"{title}\n\n{table(rows)}", encoding="utf-8")
             (staging / "results.json").write_text(as_json(results), encoding="utf-8")
-            draw_surprise(staging / "surprise.png", f"What surprises the models in {title}", passage, page)
+            draw_surprise(staging / "surprise.png", place, passage, page)
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
     print(f"\nwritten to {folder}: results.md, results.json, surprise.png")

@@ -14,7 +14,7 @@ from nanogpt_hf.hardware import choose_defaults, device_type
 from nanogpt_hf.pretraining import pretrain
 from nanogpt_hf.settings import TrainingSettings, parse, run_recipe
 
-# Tiny Shakespeare is 411,000 tokens of 1,024: an epoch is 200 steps of 32 x 64 tokens, 25 of 64 x 256.
+# Tiny Shakespeare's training split is 411,000 tokens of 1,024: 400 steps of 8 x 128 or 25 of 64 x 256.
 DEFAULTS = {
     "cpu": dict(
         tokenizer="bpe",
@@ -26,25 +26,25 @@ DEFAULTS = {
         muon_learning_rate=0.03,
         learning_rate=3e-3,
         weight_decay=0.0,
-        per_device_train_batch_size=32,
-        max_steps=3000,
-        warmup_steps=100,
+        per_device_train_batch_size=8,
+        max_steps=2000,
         eval_steps=250,
         save_steps=1000,
     ),
     "baby": dict(
         tokenizer="bpe",
         vocab_size=1024,
-        architecture="gpt2",
+        architecture="modern",
         dropout=0.4,
-        optim="adamw",
-        learning_rate=1e-3,
-        weight_decay=0.5,
+        torch_compile=False,
+        optim="muon",
+        muon_learning_rate=0.015,
+        learning_rate=3e-3,
+        weight_decay=0.1,
         per_device_train_batch_size=64,
-        max_steps=1500,
-        warmup_steps=100,
-        eval_steps=100,
-        save_steps=500,
+        max_steps=700,
+        eval_steps=50,
+        save_steps=350,
     ),
 }
 

@@ -44,19 +44,21 @@ def training_words(folder: Path, corpus: Path, *words) -> list[str]:
     return [str(word) for word in ("--corpus", corpus, "--output_dir", folder, *TINY, *words)]
 
 
-def train_here(words: list[str], change_model=None, accelerator=None):
+def train_here(words: list[str], change_model=None, make_accelerator=make_accelerator):
     """A run in this process, up to the end of its training; errors are raised.
 
     Args:
         change_model: called with the model before it is trained.
+        make_accelerator: called with the settings.
     """
     disable_progress_bar()
     settings = parse(TrainingSettings, None, argv=words)
     AcceleratorState._reset_state(reset_partial_state=True)  # each run has its own precision
-    accelerator = accelerator or make_accelerator(settings)
+    accelerator = make_accelerator(settings)
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
     set_seed(settings.seed)
     tokenizer, model = make_tokenizer_and_model(settings, corpus)
+    model.set_attn_implementation(settings.attn_implementation)
     if change_model is not None:
         change_model(model)
     return train(accelerator, settings, corpus, tokenizer, model)

@@ -157,7 +157,7 @@ def one_sentence(run: Run, status: int) -> str:
     return errors[0]
 
 
-@pytest.mark.parametrize("kib", range(120, 800, 16) if LONG else (200, 330, 460))
+@pytest.mark.parametrize("kib", range(16, 736, 8) if LONG else (200, 330, 460))
 def test_full_disk(corpus, undisturbed, small_disk, tmp_path, kib):
     """Full at one moment or another of writing: the last good checkpoint stays, and with more room all is well."""
     folder = small_disk(f"size={kib}k") / "run"
@@ -235,7 +235,9 @@ def test_damaged_checkpoints_are_named_and_passed_over(undisturbed, tmp_path, ho
         DAMAGES[how](checkpoints / "step-30" / name)
         good, (complaint,) = newest_good(checkpoints)
         assert good == checkpoints / "step-28"
-        assert "step-30 is damaged" in complaint and name in complaint and "passed over" in complaint
+        assert "step-30 is damaged" in complaint and "passed over" in complaint
+        # A bit of the manifest may be one of another file's SHA-256.
+        assert name in complaint or (name, how) == ("manifest.json", "a bit flipped")
         shutil.rmtree(checkpoints)
 
 
@@ -291,8 +293,8 @@ def test_ctrl_c_before_the_first_step(corpus, tmp_path):
 
 
 def interrupt_soon() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-    raise AssertionError("not interrupted")
+    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
 
 
 def test_sigusr1_asks_for_a_checkpoint(corpus, tmp_path):
@@ -412,10 +414,15 @@ class Failing(GeneralTracker):
 def test_a_failing_tracker_does_not_end_the_run(corpus, undisturbed, tmp_path, capfd):
     folder = tmp_path / "run"
     tracker = Failing(lines=3)
-    words = training_words(folder, corpus, *WRITING_MUCH, "--report_to", "tensorboard", "--bf16", "false")
-    accelerator = Accelerator(cpu=True, log_with=[tracker])
-    train_here(words, accelerator=accelerator)
-    accelerator.end_training()  # as recipes do at their end
+    words = training_words(folder, corpus, *WRITING_MUCH, "--report_to", "tensorboard")
+    accelerators = []
+
+    def make_accelerator(settings):
+        accelerators.append(Accelerator(cpu=True, log_with=[tracker]))
+        return accelerators[0]
+
+    train_here(words, make_accelerator=make_accelerator)
+    accelerators[0].end_training()  # as recipes do at their end
     assert tracker.left == -1
     assert capfd.readouterr().out.count("warning: a tracker failed and is given up (ConnectionError") == 1
     assert [row["step"] for row in metrics(folder)] == list(range(1, 31))
@@ -467,7 +474,7 @@ def test_both_of_two_processes_stop_at_the_same_step(corpus, tmp_path):
 @pytest.mark.skipif(not LONG, reason="the launcher's processes take long to start: NANOGPT_HF_KILLS=50")
 def test_when_one_of_two_launched_processes_dies_all_end(corpus, tmp_path):
     folder = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = [*launcher, "recipes/pretrain_char.py", *training_words(folder, corpus, "--max_steps", "1000000")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

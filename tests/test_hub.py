@@ -1,7 +1,6 @@
 """Checkpoints in and out, model cards, and uploads to a Hub that fails in every way it knows."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
 from hub_server import HubServer
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -29,10 +28,18 @@ from transformers.utils import logging
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.hub import choose_format, export, export_run, write_card
-from nanogpt_hf.tokenization import END_OF_TEXT, encode, load_tokenizer, train_bpe_tokenizer, train_char_tokenizer
+from nanogpt_hf.tokenization import (
+    END_OF_TEXT,
+    encode,
+    load_tokenizer,
+    train_bpe_tokenizer,
+    train_char_tokenizer,
+)
 
 ROOT = Path(__file__).parents[1]
-TEXT = "Мой дядя самых честных правил,\nкогда не в шутку занемог. To be, or not to be\t— that's 1,234!\r\n" * 40
+TEXT = (
+    "Мой дядя самых честных правил,\nкогда не в шутку занемог. To be, or not to be\t— that's 1,234!\r\n" * 40
+)
 CODE = {"configuration_nanogpt.py", "modeling_nanogpt.py"}
 PLAIN = {"gpt2": GPT2LMHeadModel, "qwen3": Qwen3ForCausalLM}
 
@@ -97,6 +104,16 @@ def test_a_plain_checkpoint_is_the_same_model_and_reads_back(kind, architecture,
     assert config["model_type"] == plain and config["architectures"] == [PLAIN[plain].__name__]
     assert not {"architecture", "norm", "positions", "qk_norm", "mlp", "bias", "auto_map"} & set(config)
     assert not CODE & {path.name for path in tmp_path.iterdir()}
+    # transformers 4 reads it too.
+    assert (
+        plain == "gpt2"
+        or config["rope_theta"] == config["rope_parameters"]["rope_theta"] == model.config.rope_theta
+    )
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (
+        written["tokenizer_class"] == "PreTrainedTokenizerFast"
+        and "token_type_ids" not in written["model_input_names"]
+    )
     for reader in (theirs, back):
         generation = reader.generation_config
         assert generation.eos_token_id == generation.pad_token_id == tokenizer.eos_token_id
@@ -116,7 +133,9 @@ def test_the_native_format_brings_its_code(tmp_path, capfd):
     assert model.config.architecture == "custom"
     assert export(model, tokenizer, tmp_path) == "nanogpt"
     assert CODE < {path.name for path in tmp_path.iterdir()}
-    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} == set(AutoConfig.from_pretrained(tmp_path).auto_map)
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} == set(
+        AutoConfig.from_pretrained(tmp_path).auto_map
+    )
     assert_equal_logits(model, NanoGPTForCausalLM.from_pretrained(tmp_path))
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(tokenizer)
     assert "".join(capfd.readouterr()) == ""
@@ -125,8 +144,18 @@ def test_the_native_format_brings_its_code(tmp_path, capfd):
 @pytest.mark.parametrize(
     "architecture, fields, format, message",
     [
-        ("gpt2", {}, "qwen3", "gpt2 architecture cannot be written in the format qwen3: use gpt2, nanogpt or auto"),
-        ("modern", {}, "gpt2", "modern architecture cannot be written in the format gpt2: use qwen3, nanogpt or"),
+        (
+            "gpt2",
+            {},
+            "qwen3",
+            "gpt2 architecture cannot be written in the format qwen3: use gpt2, nanogpt or auto",
+        ),
+        (
+            "modern",
+            {},
+            "gpt2",
+            "modern architecture cannot be written in the format gpt2: use qwen3, nanogpt or",
+        ),
         ("modern", {"qk_norm": False}, "qwen3", "custom architecture cannot be .*: use nanogpt or auto"),
         ("modern", {"scale_attn_weights": False}, "qwen3", "use nanogpt or auto"),
         ("gpt2", {}, "onnx", "use auto, gpt2, qwen3 or nanogpt"),
@@ -149,7 +178,13 @@ def save_as_openai(folder, head="tied", prefix="", **fields):
     """A checkpoint in the style of OpenAI's, with masks, and the GPT2LMHeadModel it holds."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=2, tie_word_embeddings=head != "own", **fields
+        vocab_size=300,
+        n_positions=48,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        tie_word_embeddings=head != "own",
+        **fields,
     )
     theirs = GPT2LMHeadModel(config).eval()
     state = {key.removeprefix("transformer."): tensor for key, tensor in theirs.state_dict().items()}
@@ -159,7 +194,9 @@ def save_as_openai(folder, head="tied", prefix="", **fields):
         state[f"h.{layer}.attn.bias"] = torch.ones(48, 48, dtype=torch.bool).tril()[None, None]
         state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     folder.mkdir(exist_ok=True)
-    named = {key if key.startswith("lm_head") else prefix + key: tensor.clone() for key, tensor in state.items()}
+    named = {
+        key if key.startswith("lm_head") else prefix + key: tensor.clone() for key, tensor in state.items()
+    }
     save_file(named, folder / "model.safetensors")
     (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
     return theirs
@@ -174,7 +211,9 @@ def test_openais_key_style_loads_with_equal_logits_and_no_words(head, prefix, tm
     assert (ours.config.model_type, ours.config.architecture) == ("nanogpt", "gpt2")
     assert ours.config.architectures is None
     ours.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == ["NanoGPTForCausalLM"]
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == [
+        "NanoGPTForCausalLM"
+    ]
     assert_equal_logits(NanoGPTForCausalLM.from_pretrained(tmp_path / "again"), theirs)
     assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "again").glob("*.json"))
     assert "".join(capfd.readouterr()) == ""
@@ -210,7 +249,10 @@ DAMAGES = {
     "a pickle": (pickle_weights, "no weights in safetensors, and pickles are not read"),
     "wider": (edit(n_embd=64, hidden_size=64, head_dim=32), "does not describe its weights .* should have"),
     "deeper": (edit(n_layer=3, num_hidden_layers=3), "does not describe its weights .it lacks"),
-    "shallower": (edit(n_layer=1, num_hidden_layers=1), "does not describe its weights .it has 1. weights more"),
+    "shallower": (
+        edit(n_layer=1, num_hidden_layers=1),
+        "does not describe its weights .it has 1. weights more",
+    ),
     "a smaller vocabulary": (edit(vocab_size=299), "does not describe its weights"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
     "BERT": (edit(model_type="bert"), "holds a 'bert' model, which NanoGPT cannot read"),
@@ -232,13 +274,19 @@ def test_a_damaged_or_mislabelled_checkpoint_is_one_sentence(architecture, damag
 def test_a_qwen3_with_parts_that_modern_lacks_is_refused(tmp_path):
     model, tokenizer = make("modern")
     export(model, tokenizer, tmp_path)
-    for name, value in {"num_key_value_heads": 1, "hidden_act": "gelu", "rope_scaling": {"type": "linear"}}.items():
+    for name, value in {
+        "num_key_value_heads": 1,
+        "hidden_act": "gelu",
+        "rope_scaling": {"type": "linear"},
+    }.items():
         before = (tmp_path / "config.json").read_text()
         edit(**{name: value})(tmp_path)
         with pytest.raises(ValueError, match="differs from the modern architecture in"):
             NanoGPTForCausalLM.from_pretrained(tmp_path)
         (tmp_path / "config.json").write_text(before)
-    changed = NanoGPTForCausalLM.from_pretrained(tmp_path, attn_pdrop=0.25, attn_implementation="eager", dtype=torch.bfloat16)
+    changed = NanoGPTForCausalLM.from_pretrained(
+        tmp_path, attn_pdrop=0.25, attn_implementation="eager", dtype=torch.bfloat16
+    )
     assert (changed.config.attn_pdrop, changed.config._attn_implementation) == (0.25, "eager")
     assert changed.dtype == torch.bfloat16
 
@@ -249,7 +297,9 @@ def test_gpt2s_tokenizer_has_the_ids_of_tiktoken(tmp_path):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     bpe.model.save(str(tmp_path))
     vocabulary = bpe.get_vocab()
     written = vocabulary | {END_OF_TEXT: len(vocabulary)}
@@ -270,7 +320,17 @@ def test_gpt2s_tokenizer_has_the_ids_of_tiktoken(tmp_path):
         mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: len(vocabulary)},
     )
-    texts = [TEXT, "", " ", "  two  spaces \n\n  ", "I'll they've'd", "ё😀👩‍👩‍👧\u00a0\u2028x", "<|endoftext|>", "1234 567,8", "\r\n\x00"]
+    texts = [
+        TEXT,
+        "",
+        " ",
+        "  two  spaces \n\n  ",
+        "I'll they've'd",
+        "ё😀👩‍👩‍👧\u00a0\u2028x",
+        "<|endoftext|>",
+        "1234 567,8",
+        "\r\n\x00",
+    ]
     for text in texts:
         assert ours(text, split_special_tokens=True).input_ids == theirs.encode_ordinary(text), text
         assert encode(ours, text).tolist() == theirs.encode_ordinary(text), text
@@ -280,7 +340,13 @@ def test_gpt2s_tokenizer_has_the_ids_of_tiktoken(tmp_path):
 # --- cards ---
 
 
-def write_run(folder, samples="KING:\nWhat say you?\n", corpus_name="tiny_shakespeare", **settings):
+def write_run(
+    folder,
+    samples="KING:\nWhat say you?\n",
+    corpus_name="tiny_shakespeare",
+    command="--max_steps 20",
+    **settings,
+):
     """A run folder as far as a card looks at it."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -293,7 +359,7 @@ def write_run(folder, samples="KING:\nWhat say you?\n", corpus_name="tiny_shakes
             "notice": None,
             "characters": 1115394,
         },
-        "command": "accelerate launch recipes/pretrain_char.py --max_steps 20",
+        "command": f"accelerate launch recipes/pretrain_char.py {command}",
         "versions": {"torch": "2.13.0"},
     }
     values = {"corpus": corpus_name, "tokenizer": "char", "learning_rate": 0.003, "max_steps": 20} | settings
@@ -320,7 +386,11 @@ def test_a_card_says_what_was_trained_on_what_and_how_to_load_it(tmp_path):
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert data.tags == ["nanogpt_hf", "gpt2"] and data.base_model == "openai-community/gpt2"
     measured = [(r.dataset_split, r.metric_type, r.metric_value) for r in data.eval_results]
-    assert measured == [("validation", "loss", 2.5), ("validation", "bits_per_character", 3.6), ("train", "loss", 1.5)]
+    assert measured == [
+        ("validation", "loss", 2.5),
+        ("validation", "bits_per_character", 3.6),
+        ("train", "loss", 1.5),
+    ]
     for said in (
         f"{model.num_parameters() / 1e6:.2f}M parameters",
         "fine-tuned from `openai-community/gpt2`",
@@ -345,12 +415,13 @@ def test_a_card_of_little_says_little(tmp_path):
     write_card(tmp_path / "bare")
     card = ModelCard.load(tmp_path / "bare" / "README.md")
     assert card.data.license == "unknown" and card.data.eval_results is None and "## Use" in card.text
-    (tmp_path / "bare" / "run.yaml").write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match="not valid YAML"):
-        write_card(tmp_path / "bare")
+    for broken, message in {"a: [": "not valid YAML", "[1, 2]": "must hold `setting: value` lines"}.items():
+        (tmp_path / "bare" / "run.yaml").write_text(broken, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            write_card(tmp_path / "bare")
 
 
-NASTY = "```\n---\nlicense: stolen\n---\n# heading\n````text\n~~~\n<script>\x1b[31m|a|b|\n![x](http://y)"
+NASTY = "here\n```\n`````  \n---\nlicense: stolen\n---\n# heading\n````text\n~~~\n<script>\x1b[31m|a|b|\n![x](http://y)"
 
 
 def outside_code(markdown):
@@ -369,11 +440,17 @@ def outside_code(markdown):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.one_of(st.just(NASTY), st.text(alphabet=st.sampled_from("`~-#\n \t\r\x1b<>:|abя\u2028\x85{}%"), max_size=80)))
+@given(
+    st.one_of(
+        st.just(NASTY), st.text(alphabet=st.sampled_from("`~-#\n \t\r\x1b<>:|abя\u2028\x85{}%"), max_size=80)
+    )
+)
 def test_nothing_that_a_card_quotes_becomes_part_of_it(tmp_path_factory, text):
     name = text.replace("/", "").replace("\r", "").strip() or "corpus"
     folder = tmp_path_factory.mktemp("card")
-    write_run(folder / "x", samples=f"said {text}", corpus_name=name, text_column=text, tokenizer=name)
+    write_run(
+        folder / "x", samples=f"said {text}", command=text, corpus_name=name, text_column=text, tokenizer=name
+    )
     write_card(folder / "x", name="user/x")
     written = (folder / "x" / "README.md").read_bytes().decode()
     card = ModelCard(written)
@@ -432,9 +509,10 @@ class Client:
     def __init__(self, server, folder):
         self.folder, self.log = folder, folder / "stderr.txt"
         (folder / "worker.py").write_text(WORKER, encoding="utf-8")
+        settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder / "author")}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "worker.py"],
-            env=server.env(home=folder / "home", token=None) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=server.env(home=folder / "cache", token=None) | settings,
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -465,7 +543,9 @@ def server():
         running.add_token("hf_guest", "guest")
         running.add_token("hf_team", "user", orgs=["team"])
         running.add_token("hf_fine", "user", "fineGrained", scopes={"user/fine": ["repo.write"]})
-        running.add_token("hf_broad", "user", "fineGrained", scopes={"user": ["repo.write", "repo.content.read"]})
+        running.add_token(
+            "hf_broad", "user", "fineGrained", scopes={"user": ["repo.write", "repo.content.read"]}
+        )
         yield running
     assert not running.errors and not running.unknown, (running.errors, running.unknown)
 
@@ -530,7 +610,9 @@ def test_the_models_own_push_brings_its_code(server, client, run_folder):
     model = "NanoGPTForCausalLM.from_pretrained(folder).push_to_hub('user/own') and None"
     value, error, printed = client.ask(model, folder=str(run_folder))
     assert (value, error, printed) == (None, None, "")
-    assert CODE | {"config.json", "model.safetensors", "generation_config.json"} < set(server.files("user/own"))
+    assert CODE | {"config.json", "model.safetensors", "generation_config.json"} < set(
+        server.files("user/own")
+    )
     assert "auto_map" in json.loads(server.files("user/own")["config.json"])
     assert commits(server, "user/own") == 1
 
@@ -591,7 +673,9 @@ LASTING = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(LASTING)), ids=[f"{place} {fault}" for place, fault, *_ in LASTING])
+@pytest.mark.parametrize(
+    "number", range(len(LASTING)), ids=[f"{place} {fault}" for place, fault, *_ in LASTING]
+)
 def test_a_fault_that_stays_ends_with_the_folder_and_the_command(number, server, client, run_folder):
     place, fault, reason, tries = LASTING[number]
     name = f"user/lasting-{number}"
@@ -628,6 +712,8 @@ def test_a_push_that_can_never_work_is_refused_in_a_sentence(server, client):
     never = [
         ("user/new", None, {}, "there is none: log in with `hf auth login`"),
         ("user/new", "hf_unknown", {}, "does not accept the token"),
+        ("user/new", "hf_\x01", {}, "has characters that no token has"),
+        ("user/new", "hf_ключ", {}, "has characters that no token has"),
         ("user/new", "hf_read", {}, "may not create user/new"),
         ("new", "hf_read", {}, "may not create user/new"),
         ("user/public", "hf_read", {}, "may not write to user/public"),
@@ -642,7 +728,10 @@ def test_a_push_that_can_never_work_is_refused_in_a_sentence(server, client):
     never += [(name, "hf_write", {}, "cannot be the name of a Hub repository") for name in invalid]
     for name, token, options, message in never:
         error, printed = check(client, name, token, **options)
-        assert error and error.startswith("ValueError: ") and message in error and "\n" not in error, (name, error)
+        assert error and error.startswith("ValueError: ") and message in error and "\n" not in error, (
+            name,
+            error,
+        )
         assert printed == ""
     for name, token, options in [
         ("new", "hf_write", {}),
@@ -655,11 +744,15 @@ def test_a_push_that_can_never_work_is_refused_in_a_sentence(server, client):
     assert writes(server.requests[before:]) == []  # it asks, and changes nothing
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"reset": True}, {"delay": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "fault", [{"status": 503}, {"status": 429}, {"reset": True}, {"delay": 2.0}], ids=str
+)
 def test_a_hub_that_does_not_answer_stops_no_run(fault, server, client):
     server.fail("GET", "/whoami-v2", **fault)
     error, printed = check(client, "user/new", timeout=0.3)
-    assert error is None and printed.startswith("warning: whether the upload to user/new will work is not known")
+    assert error is None and printed.startswith(
+        "warning: whether the upload to user/new will work is not known"
+    )
 
 
 # --- a whole run ---
@@ -672,23 +765,29 @@ def corpus(tmp_path_factory):
     return path
 
 
-TINY = dict(n_layer=1, n_embd=16, n_head=2, n_positions=16, max_steps=4, eval_steps=2, save_steps=4, use_cpu=True)
+TINY = dict(
+    n_layer=1, n_embd=16, n_head=2, n_positions=16, max_steps=4, eval_steps=2, save_steps=4, use_cpu=True
+)
 PRETRAIN = "pretrain(TrainingSettings(**settings)) and None"
 
 
 @pytest.mark.parametrize("architecture, plain", [("gpt2", "gpt2"), ("modern", "qwen3")])
-def test_a_run_shares_itself(architecture, plain, server, client, corpus):
-    name = f"run-{architecture}"
-    settings = TINY | dict(architecture=architecture, push_to_hub=True, hub_private_repo=True, corpus=str(corpus))
-    folder = client.folder / "home" / name
-    value, error, printed = client.ask(PRETRAIN, settings=settings | {"output_dir": str(folder)})
-    assert error is None and printed.rstrip().endswith(f"shared          {server.url}/user/{name}")
+def test_a_run_shares_itself_and_nothing_of_its_author(architecture, plain, server, client, corpus):
+    name, home = f"run-{architecture}", client.folder / "author"
+    folder, text = home / "runs" / name, home / "texts" / "onegin.txt"
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_bytes(corpus.read_bytes())
+    settings = TINY | dict(architecture=architecture, corpus=text, output_dir=folder)
+    words = [f"--{key}={value}" for key, value in settings.items()] + ["--push_to_hub", "--hub_private_repo"]
+    status, _, printed = client.ask("recipe('pretrain_char.py', *words)", words=words)
+    assert status == 0 and printed.rstrip().endswith(f"shared          {server.url}/user/{name}"), printed
     assert commits(server, f"user/{name}") == 1 and server.repos["model", f"user/{name}"].private
     files = server.files(f"user/{name}")
     assert json.loads(files["config.json"])["model_type"] == plain
     local, shared = ModelCard.load(folder / "README.md"), ModelCard(files["README.md"].decode())
     assert local.data.eval_results[0].metric_value == shared.data.eval_results[0].metric_value
-    assert "onegin.txt" in shared.text and "trust_remote_code" in local.text
+    assert "`onegin.txt`" in shared.text and "trust_remote_code" in local.text
+    assert "recipes/pretrain_char.py --n_layer=1 " in shared.text and "--corpus=" in shared.text
 
     # share.py makes of the folder what the run made of it.
     before = len(server.requests)
@@ -696,9 +795,10 @@ def test_a_run_shares_itself(architecture, plain, server, client, corpus):
     assert client.ask("recipe('share.py', *words)", words=words)[0] == 0
     assert commits(server, f"user/{name}") == 1
     assert not [request for request in server.requests[before:] if request.method == "PUT"]
-    public = {**{path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}, **files}
-    shared_bytes = b"".join(data for path, data in files.items())
-    assert b"hf_write" not in b"".join(public.values()) and str(client.folder).encode() not in shared_bytes
+    written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()] + [*files.values()]
+    assert len(written) > 25
+    for secret in ("hf_write", str(home), str(client.folder)):
+        assert not [data for data in written if secret.encode() in data], secret
 
 
 def test_a_run_that_could_never_push_ends_before_it_begins(server, client, corpus, tmp_path):
@@ -709,7 +809,9 @@ def test_a_run_that_could_never_push_ends_before_it_begins(server, client, corpu
         ("hf_write", {"hub_model_id": "a b"}, "cannot be the name of a Hub repository"),
         ("hf_write", {"hub_format": "qwen3"}, "cannot be written in the format qwen3"),
     ]:
-        settings = TINY | dict(architecture="gpt2", push_to_hub=True, corpus=str(corpus), output_dir=str(tmp_path / "x"))
+        settings = TINY | dict(
+            architecture="gpt2", push_to_hub=True, corpus=str(corpus), output_dir=str(tmp_path / "x")
+        )
         _, error, _ = client.ask(PRETRAIN, token, settings=settings | changes)
         assert error.startswith("ValueError: ") and message in error
     assert not (tmp_path / "x").exists() and writes(server.requests[before:]) == []
@@ -731,7 +833,9 @@ def test_share_writes_a_folder_too(client, run_folder, tmp_path):
     words = ["--model", str(run_folder), "--output_dir", str(tmp_path / "plain")]
     assert client.ask("recipe('share.py', *words)", None, words=words)[0] == 0
     assert (tmp_path / "plain" / "README.md").exists()
-    assert_equal_logits(NanoGPTForCausalLM.from_pretrained(run_folder), GPT2LMHeadModel.from_pretrained(tmp_path / "plain"))
+    assert_equal_logits(
+        NanoGPTForCausalLM.from_pretrained(run_folder), GPT2LMHeadModel.from_pretrained(tmp_path / "plain")
+    )
     for words, message in [
         (["--model", str(run_folder)], "give --hub_model_id, --output_dir or both"),
         (["--output_dir", str(tmp_path / "y")], "--model is missing"),

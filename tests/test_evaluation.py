@@ -1,0 +1,476 @@
+"""Losses over a split, models of every kind on one scale, the page of surprise, and what loading refuses."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf.comparison import choose_passage, draw_surprise, measure_samples, short_names, surprise
+from nanogpt_hf.corpora import load_corpus
+from nanogpt_hf.evaluation import evaluate_split, token_losses
+from nanogpt_hf.generation import generate_ids, generate_text
+from nanogpt_hf.loading import load_model_and_tokenizer
+from nanogpt_hf.pretraining import pretrain
+from nanogpt_hf.settings import TrainingSettings
+from nanogpt_hf.token_stream import TokenStream
+from nanogpt_hf.tokenization import encode, encode_documents, make_tokenizer
+from recipes.evaluate import main as evaluate
+
+ROOT = Path(__file__).parents[1]
+TEXT = (
+    "Мороз и солнце; день чудесный! Ещё ты дремлешь, друг прелестный.\nThe frost, the sun: a 😀 day.\n" * 40
+)
+T = 16
+SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": T, "initializer_range": 0.3}
+
+
+def save(model, tokenizer, folder):
+    """A checkpoint as another tool would leave it: nothing is said of how to generate."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_bytes(TEXT.encode())
+    return load_corpus(str(path))
+
+
+@pytest.fixture(scope="module")
+def folders(corpus, tmp_path_factory):
+    """A checkpoint of every kind that there is, by its name."""
+    folder = tmp_path_factory.mktemp("models")
+    char = make_tokenizer("char", corpus.train, 0, corpus.validation)
+    bpe = make_tokenizer("bpe", corpus.train, 300)
+    end = {name: bpe.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(1)
+    saved = {
+        "char": save(
+            NanoGPTForCausalLM(NanoGPTConfig(vocab_size=384, architecture="modern", **SIZES)),
+            char,
+            folder / "char",
+        ),
+        "bpe": save(NanoGPTForCausalLM(NanoGPTConfig(vocab_size=320, **SIZES, **end)), bpe, folder / "bpe"),
+        "gpt2": save(GPT2LMHeadModel(GPT2Config(vocab_size=300, **SIZES, **end)), bpe, folder / "gpt2"),
+        "qwen3": save(
+            Qwen3ForCausalLM(
+                Qwen3Config(
+                    vocab_size=320,
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                    head_dim=16,
+                    max_position_embeddings=T,
+                    initializer_range=0.3,
+                    **end,
+                )
+            ),
+            bpe,
+            folder / "qwen3",
+        ),
+    }
+    for name, init in (("adapter", False), ("new_adapter", True)):
+        adapter = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(saved["gpt2"]),
+            LoraConfig(
+                task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=init
+            ),
+        )
+        adapter.save_pretrained(folder / name)
+        saved[name] = str(folder / name)
+    return saved
+
+
+@pytest.fixture(autouse=True)
+def accelerator():
+    """The first of this process, as in every run: accelerate keeps the precision of the first for all others."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def stream_of(folder, corpus):
+    model, tokenizer = load_model_and_tokenizer(folder)
+    return model, TokenStream(encode_documents(tokenizer, corpus.validation), T)
+
+
+@torch.no_grad()
+def loss_by_definition(model, ids, places):
+    """Nats of ids[last] after ids[first:last] in float64, summed over the places (first, last)."""
+    model = model.double().eval()
+    ids = torch.from_numpy(ids).long()
+    total = 0.0
+    for first, last in places:
+        logits = model(input_ids=ids[None, first:last]).logits[0, -1].double()
+        total -= logits.log_softmax(dim=-1)[ids[last]].item()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2", "qwen3", "adapter"])
+def test_the_loss_is_that_of_a_plain_loop_in_float64_for_any_batch_size(kind, folders, corpus, accelerator):
+    model, stream = stream_of(folders[kind], corpus)
+    model.train()  # as in the middle of a training, with its dropout
+    splits = [evaluate_split(model, stream, corpus.validation, size, accelerator) for size in (1, 7, 64)]
+    assert model.training
+    ids = stream.ids.numpy()
+    places = [((last - 1) // T * T, last) for last in range(1, len(ids))]
+    expected = loss_by_definition(model, ids, places) / len(places)
+    for split in splits:
+        assert split.tokens == len(places)
+        assert split.loss == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 5, T])
+def test_a_stride_gives_every_token_at_least_so_much_context(stride, folders, corpus, accelerator):
+    model, stream = stream_of(folders["char"], corpus)
+    split = evaluate_split(model, stream, corpus.validation, 32, accelerator, stride)
+    ids, places = stream.ids.numpy(), []
+    for last in range(1, len(ids)):
+        first = max(0, math.ceil((last - T) / stride)) * stride  # the first window that holds it
+        assert last - first > T - stride or first == 0
+        places.append((first, last))
+    assert split.nats == pytest.approx(loss_by_definition(model, ids, places), rel=1e-6)
+    assert token_losses(model.float(), stream, 9, stride).sum() == pytest.approx(split.nats, rel=1e-6)
+
+
+@given(st.integers(1, 9), st.integers(1, 60), st.data())
+@settings(max_examples=200, deadline=None)
+def test_windows_of_any_stride_count_every_token_once(block_size, more, data):
+    stride = data.draw(st.integers(1, block_size))
+    stream = TokenStream(np.arange(block_size + more, dtype=np.int32), block_size)
+    x, y = stream.window_batch(np.arange(stream.windows(stride)), stride)
+    counts = y != -100
+    assert y[counts].tolist() == list(range(1, block_size + more))
+    assert (x + 1)[counts].tolist() == y[counts].tolist()
+    context = counts.nonzero()[:, 1] + 1
+    assert ((context > block_size - stride) | (y[counts] <= block_size)).all()
+
+
+def results_of(words, folder):
+    evaluate([*words, "--use_cpu", "--output_dir", str(folder)])
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_models_of_every_kind_stand_in_one_table(folders, corpus, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    words = ["--model", *folders.values(), "--corpus", str(tmp_path / "text.txt")]
+    results = results_of(
+        [*words, "--samples", "2", "--sample_length", "50", "--passage_length", "200"], tmp_path
+    )
+    rows = {row["model"]: row for row in results["models"]}
+    assert list(rows) == list(folders)
+    characters, n_bytes = (
+        sum(map(len, part)) for part in (corpus.validation, map(str.encode, corpus.validation))
+    )
+    for row in rows.values():
+        bits = row["loss"] * row["tokens"] / math.log(2)
+        assert row["bits_per_byte"] == pytest.approx(bits / n_bytes, rel=1e-9)
+        assert row["bits_per_character"] == pytest.approx(bits / characters, rel=1e-9)
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]), rel=1e-9)
+        assert row["perplexity_per_character"] == pytest.approx(2 ** row["bits_per_character"], rel=1e-9)
+        assert [len(text) <= 50 for text in row["samples"]] == [True, True]
+        assert 0 <= row["memorized_share"] <= 1 and row["longest_overlap"] >= 1
+    assert rows["char"]["tokens"] == characters - 1
+    assert rows["new_adapter"]["loss"] == pytest.approx(rows["gpt2"]["loss"], rel=1e-6)
+    assert rows["adapter"]["loss"] != pytest.approx(rows["gpt2"]["loss"], rel=1e-3)
+    assert rows["adapter"]["parameters"] > rows["gpt2"]["parameters"]
+
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert table in capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == list(folders)
+    assert f"{rows['qwen3']['bits_per_byte']:.4f}" in table
+    assert str(tmp_path.parent) not in table + (tmp_path / "results.json").read_text(encoding="utf-8")
+    assert imread(tmp_path / "surprise.png").std() > 0.05
+
+
+def test_two_processes_measure_what_one_does(folders, tmp_path):
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    words = [
+        "--model",
+        folders["char"],
+        folders["adapter"],
+        "--corpus",
+        str(tmp_path / "text.txt"),
+        "--stride",
+        "7",
+    ]
+    alone = results_of(words, tmp_path / "alone")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += ["--use_cpu", "--output_dir", str(tmp_path / "both"), "--per_device_eval_batch_size", "3"]
+    run = subprocess.run(
+        [*command, str(ROOT / "recipes" / "evaluate.py"), *words],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    both = json.loads((tmp_path / "both" / "results.json").read_text(encoding="utf-8"))
+    assert run.stdout.count("| char ") == 1
+    for one, two in zip(alone["models"], both["models"], strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"model"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "qwen3"])
+def test_surprise_adds_up_to_the_loss_of_the_tokens(kind, folders):
+    model, tokenizer = load_model_and_tokenizer(folders[kind])
+    text = "To 😀👩‍👩‍👧 День \r\n\0<|endoftext|> the sun\n" * 3
+    ids = encode(tokenizer, text)
+    nats = token_losses(model, TokenStream(ids, T), 4, T // 2)
+    bits = surprise(model, tokenizer, text, 0, T)
+    assert bits.shape == (len(text),)
+    assert np.nansum(bits) == pytest.approx(nats.sum() / math.log(2), rel=1e-6)
+    assert np.isnan(bits).nonzero()[0].tolist() == [0]
+    later = surprise(model, tokenizer, text, 60, T)
+    assert later.shape == (len(text) - 60,)
+    assert np.isfinite(later).all()
+
+
+def test_a_character_costs_what_its_token_does(folders):
+    model, tokenizer = load_model_and_tokenizer(folders["char"])
+    text = "the sun; день"
+    nats = token_losses(model, TokenStream(encode(tokenizer, text), len(text) - 1), 1, None)
+    assert surprise(model, tokenizer, text, 0, T)[1:] * math.log(2) == pytest.approx(nats, rel=1e-5)
+    assert surprise(model, tokenizer, text, 5, T) * math.log(2) == pytest.approx(nats[4:], rel=1e-5)
+
+
+@given(
+    st.lists(st.text("ab \n", min_size=1, max_size=40), min_size=1), st.integers(0, 50), st.integers(1, 30)
+)
+@settings(max_examples=200, deadline=None)
+def test_a_passage_is_never_empty_and_begins_with_a_line_if_it_can(documents, wanted, length):
+    text, start = choose_passage(documents, wanted, length)
+    assert max(documents, key=len).startswith(text)
+    assert 0 < len(text) - start <= length
+    if start and text[start - 1] != "\n":
+        assert "\n" not in text[start - 1 : start + length // 2 - 1]
+
+
+def test_the_page_takes_any_text_and_colours_by_surprise(tmp_path):
+    text = "Где 日本 😀 \r\n\t\0\x1b[31m e\u0301 $x^2$ " + "verylongword" * 9 + " " + "word " * 30
+    pages = []
+    for bits in (0.0, 8.0):
+        panels = {"one": np.full(len(text), bits), "other": np.full(len(text), math.nan)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            draw_surprise(tmp_path / "page.png", "title", text, panels)
+        pages.append(imread(tmp_path / "page.png"))
+    light, dark = (page[:, : page.shape[1] // 2].mean() for page in pages)
+    assert light > dark + 0.05
+
+
+def test_a_planted_quotation_is_found_in_samples(corpus):
+    quote = corpus.train[0][100:400]
+    result = measure_samples(["nothing", f"\x01{quote}\x01"], corpus)
+    assert result["longest_overlap_text"] == quote
+    assert (result["sample_index"], result["sample_offset"]) == (1, 1)
+    assert corpus.train[0][result["reference_offset"] :].startswith(quote)
+    assert math.isnan(measure_samples(["", "x"], corpus)["distinct_n"])
+
+
+def test_models_are_called_by_as_little_of_their_path_as_tells_them_apart(tmp_path):
+    for name in ("a/step-1", "b/step-1", "c"):
+        (tmp_path / name).mkdir(parents=True)
+    paths = [str(tmp_path / name) for name in ("a/step-1", "b/step-1", "c")]
+    assert short_names([*paths[:2], "owner/name"]) == ["a/step-1", "b/step-1", "owner/name"]
+    assert short_names([paths[0], paths[2]]) == ["step-1", "c"]
+    assert short_names([paths[2], paths[2] + "/"]) == ["c", "c"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "--model is missing"),
+        (["--model", "no/such/folder"], "there is no folder 'no/such/folder'"),
+        (["--model", "{bpe}", "--stride", "17"], "--stride is 17, more than the context of 16"),
+        (["--model", "{bpe}", "--n_positions", "17"], "--n_positions is 17, more than .* 16 tokens"),
+        (["--model", "{bpe}", "--stride", "0"], "--stride is 0, it must be at least 1"),
+        (["--model", "{bpe}", "--samples", "-1"], "--samples is -1"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence(words, message, folders, tmp_path):
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    words = [word.format(**folders) for word in words]
+    with pytest.raises(ValueError, match=message):
+        results_of([*words, "--corpus", str(tmp_path / "text.txt")], tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+# --- loading ---
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "qwen3"])
+def test_padding_of_the_vocabulary_is_never_sampled(kind, folders, tmp_path):
+    shutil.copytree(folders[kind], tmp_path / kind)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+    model, tokenizer = load_model_and_tokenizer(str(tmp_path / kind))
+    assert model.get_output_embeddings().weight.shape[0] > len(tokenizer)
+    prompt = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():  # the padding is made what the models like best
+        for each in (plain, model):
+            hidden = each(prompt, output_hidden_states=True).hidden_states[-1][0, -1]
+            each.get_output_embeddings().weight[len(tokenizer) :] = 9 * hidden
+
+    def sampled(generator):
+        return max(ids.max().item() for ids, _ in zip(generator, range(T - 3), strict=False))
+
+    def generated(model):
+        options = {"do_sample": True, "max_new_tokens": T - 3, "eos_token_id": None, "pad_token_id": 0}
+        return model.generate(prompt.repeat(8, 1), **options).max().item()
+
+    assert sampled(generate_ids(plain, prompt.repeat(8, 1), seed=1)) >= len(tokenizer)
+    assert sampled(generate_ids(model, prompt.repeat(8, 1), seed=1)) < len(tokenizer)
+    assert generated(plain) >= len(tokenizer)
+    assert generated(model) < len(tokenizer)
+
+
+def edit_json(path, **values):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | values), encoding="utf-8")
+
+
+def not_causal(folder):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+
+
+def not_a_decoder(folder):
+    sizes = {"num_layers": 1, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=300, **sizes)).save_pretrained(folder)
+
+
+def needs_code(folder):
+    edit_json(folder / "config.json", model_type="other", auto_map={"AutoConfig": "code.Config"})
+    (folder / "code.py").write_text("raise SystemExit(99)\n", encoding="utf-8")
+
+
+def in_a_pickle(folder):
+    torch.save(GPT2LMHeadModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def cut_short(folder):
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def other_tokenizer(folder):
+    make_tokenizer("bpe", [TEXT], 310).save_pretrained(folder)
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (shutil.rmtree, "there is no folder"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (
+            lambda folder: (folder / "config.json").write_text("{", encoding="utf-8"),
+            "config.json that cannot be read",
+        ),
+        (not_causal, "holds a BertForMaskedLM, but what is needed is a causal language model"),
+        (not_a_decoder, "holds a T5ForConditionalGeneration, but"),
+        (needs_code, "needs code of its own, which is never run"),
+        (in_a_pickle, "weights .* cannot be loaded: .*model.safetensors"),
+        (cut_short, "weights .* cannot be loaded"),
+        (lambda folder: edit_json(folder / "config.json", n_layer=3), "lacks 12 weights"),
+        (
+            lambda folder: edit_json(folder / "config.json", vocab_size=304),
+            r"wte.* has the shape \[300, 32\].*\[304, 32\]",
+        ),
+        (other_tokenizer, "the tokenizer has ids up to 309, the model embeds 300 tokens"),
+        (no_tokenizer, "holds no tokenizer"),
+    ],
+)
+def test_a_bad_checkpoint_is_answered_in_one_sentence(damage, message, folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "model"
+    shutil.copytree(folders["gpt2"], folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_model_and_tokenizer(str(folder))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_adapter_needs_its_base_and_safe_weights(folders, tmp_path):
+    lost = shutil.copytree(folders["adapter"], tmp_path / "lost")
+    edit_json(lost / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="adapter .*lost cannot be put on its base model: .*gone"):
+        load_model_and_tokenizer(str(lost))
+    pickled = shutil.copytree(folders["adapter"], tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    with pytest.raises(ValueError, match="no adapter_model.safetensors"):
+        load_model_and_tokenizer(str(pickled))
+
+
+def test_a_model_of_two_documents_stops_after_the_first(tmp_path):
+    documents = [
+        "The cat sat on the mat and looked at the moon.\n",
+        "A dog ran over the hill and barked at stars.\n",
+    ]
+    (tmp_path / "texts").mkdir()
+    for number, document in enumerate(documents):
+        (tmp_path / "texts" / f"{number}.txt").write_text(document, encoding="utf-8")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain(
+        TrainingSettings(
+            corpus=str(tmp_path / "texts"),
+            output_dir=str(tmp_path / "run"),
+            architecture="modern",
+            n_layer=1,
+            n_head=2,
+            n_embd=32,
+            n_positions=32,
+            dropout=0.0,
+            optim="muon",
+            learning_rate=3e-3,
+            per_device_train_batch_size=8,
+            max_steps=150,
+            warmup_steps=10,
+            eval_steps=150,
+            save_steps=150,
+            use_cpu=True,
+        )
+    )
+    model, tokenizer = load_model_and_tokenizer(str(tmp_path / "run"))
+    texts = generate_text(
+        model, tokenizer, "The cat", temperature=0, num_return_sequences=2, max_new_tokens=100
+    )
+    assert texts == [documents[0].removeprefix("The cat")] * 2
