@@ -14,7 +14,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
-        "tokenizers>=0.22",
+        "tokenizers>=0.23",
         "datasets>=4.0",
         "accelerate>=1.15",
         "evaluate>=0.4.6",

@@ -2,6 +2,9 @@
 
 A checkpoint folder holds the model as transformers saves it, the optimisers' state in safetensors, the progress
 of the run in JSON, and a manifest of every file's size and SHA-256. It is written under another name and renamed.
+
+Writing waits for the disk in the training loop: in the recipes' run for a CPU (0.9M parameters, 4 minutes) 4
+checkpoints of 34 ms and 16 best models of 23 ms are 0.2% of the time, too little for a thread of their own.
 """
 
 import hashlib
@@ -41,6 +44,7 @@ class Progress:
     best_step: int | None = None
     evaluations_since_best: int = 0
     elapsed_s: float = 0.0
+    scaler: dict = field(default_factory=dict)  # float16's loss scaling
     # Names the run to trackers, so that going on is not a second run there.
     run_id: str = field(default_factory=lambda: secrets.token_hex(4))
     # What must be the same to go on: corpus, tokenizer, model, seed, tokens a step.
@@ -245,11 +249,16 @@ def _brief(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def _unwrapped(optimizers) -> list[torch.optim.Optimizer]:
+    """Without accelerate's wrapper, whose step scales float16 gradients; reading a state takes an empty step."""
+    return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+
+
 def save_checkpoint(
     accelerator: Accelerator, model, optimizers, tokenizer, progress: Progress, folder: Path
 ) -> None:
     """Everything to go on from progress.step. Every process calls it, the first one writes."""
-    state = get_optimizer_state_dict(model, optimizers, options=FULL_ON_CPU)
+    state = get_optimizer_state_dict(model, _unwrapped(optimizers), options=FULL_ON_CPU)
     if not accelerator.is_main_process:
         save_model(accelerator, model, tokenizer, folder)
         return
@@ -287,6 +296,7 @@ def load_checkpoint(model, optimizers, folder: Path) -> None:
         ValueError: weights or state are not of this model and these optimisers.
     """
     load_weights(model.module if hasattr(model, "module") else model, folder)
+    optimizers = _unwrapped(optimizers)
     groups = get_optimizer_state_dict(model, optimizers, options=FULL_ON_CPU)["param_groups"]
     state: dict[str, dict] = {}
     try:

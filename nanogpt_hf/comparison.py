@@ -14,11 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from . import metrics
 from .corpora import Corpus
-from .evaluation import evaluate_split, token_losses
+from .evaluation import evaluate_split, token_losses, validation_stream
 from .generation import stream_text
 from .token_stream import TokenStream
 from .tokenization import encode_with_spans
-from .training import validation_stream
 
 LONGEST_CONTEXT = 2048  # tokens, unless more is asked for: the attention of newer models' own would not fit
 LOGITS_AT_ONCE = 2**28  # 1 GiB in float32

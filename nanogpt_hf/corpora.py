@@ -232,8 +232,9 @@ def _read_parquet(path: Path, text_column: str) -> list[str]:
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     data_files = [glob.escape(str(path.resolve()))]
     try:
-        # Streamed: no second copy on disk, which would go stale when the file changes.
-        rows = datasets.load_dataset("parquet", data_files=data_files, split="train", streaming=True)
+        # Streamed: no second copy on disk, which would go stale when the file changes. And not by load_dataset,
+        # which (5.2.0) counts every use on a server, so that a local file takes a network.
+        rows = datasets.Dataset.from_parquet(data_files, streaming=True)
         return _column(rows, text_column, path.name)
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{path.name} cannot be read as parquet: {_brief(error)}") from error

@@ -1,4 +1,4 @@
-"""The loss over a whole split, and the units in which models with different tokenizers compare."""
+"""The loss over a whole split, and of every token by itself."""
 
 import math
 from collections.abc import Iterator
@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from .corpora import Corpus
 from .token_stream import TokenStream
+from .tokenization import encode_documents
 
 
 @dataclass(frozen=True)
 class SplitLoss:
-    """What a model loses on a split: nats over all its tokens, and the size of the text they spell."""
+    """What a model loses on a split: nats over all its tokens, and the characters that they spell."""
 
     nats: float
     tokens: int
     characters: int
-    bytes: int
 
     @property
     def loss(self) -> float:
@@ -32,9 +33,22 @@ class SplitLoss:
     def bits_per_char(self) -> float:
         return self.nats / math.log(2) / self.characters
 
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes
+
+def validation_stream(
+    tokenizer: PreTrainedTokenizerFast, corpus: Corpus, block_size: int, device: torch.device
+) -> TokenStream:
+    """The validation split as a stream.
+
+    Raises:
+        ValueError: there is nothing in it to predict.
+    """
+    ids = encode_documents(tokenizer, corpus.validation)
+    if len(ids) < 2:
+        raise ValueError(
+            f"the validation split of {corpus.name} has {len(ids)} tokens, it needs at least 2: give a longer text or "
+            "a larger --validation_split_percentage."
+        )
+    return TokenStream(ids, min(block_size, len(ids) - 1), device)
 
 
 @contextmanager
@@ -78,8 +92,8 @@ def evaluate_split(
     of processes: losses are summed in float64, token by token.
 
     Args:
-        documents: the text that the stream encodes, to count characters and bytes. The first token's are
-            among them, though it is given and not predicted.
+        documents: the text that the stream encodes, to count its characters. The first token's are among
+            them, though it is given and not predicted.
         batch_size: windows a process computes at once.
         stride: tokens from one window to the next. Less than T makes windows overlap, so that every token is
             predicted from at least T - stride before it, where there are so many; the default is T.
@@ -94,7 +108,6 @@ def evaluate_split(
         nats=nats,
         tokens=len(stream) - 1,
         characters=sum(map(len, documents)),
-        bytes=sum(len(document.encode()) for document in documents),
     )
 
 

@@ -1,8 +1,8 @@
 """Pretraining from a command line: corpus, tokenizer and model are made, trained, sampled and described."""
 
 import math
-import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerFast
 from .checkpoints import Progress, files_written_whole, load_weights
 from .corpora import Corpus, load_corpus
 from .generation import generate_text
-from .hardware import describe_device, make_accelerator
+from .hardware import choose_defaults, describe_device, device_type, make_accelerator
 from .hub import check_push, choose_format, push, write_card
+from .loading import check_vocabulary, suppress_padding
 from .model import NanoGPTConfig, NanoGPTForCausalLM, preset_config
 from .reporting import check_trackers, draw_loss_curve, read_metrics, say
 from .safe_text import printable
-from .settings import TrainingSettings
+from .settings import TrainingSettings, parse
 from .tokenization import encode_documents, make_tokenizer
 from .training import train
 
@@ -58,6 +59,25 @@ def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
     return progress
 
 
+def pretrain_from_command_line(description: str | None, by_preset: Mapping[str, Mapping]) -> Progress:
+    """`pretrain` with the settings of the command line, and a recipe's defaults for the hardware.
+
+    Args:
+        description: the recipe's docstring, for --help.
+        by_preset: the recipe's defaults by size, as `choose_defaults` takes them.
+    """
+    asked = {}
+
+    def defaults(said: Mapping) -> Mapping:
+        asked.update(said)
+        return choose_defaults(by_preset)(said)
+
+    settings = parse(TrainingSettings, description, defaults=defaults)
+    found = "no GPU is used" if device_type(settings.use_cpu) == "cpu" else "a GPU was found"
+    why = "as asked" if "preset" in asked else f"because {found} (--preset takes another)"
+    return pretrain(settings, f"preset {settings.preset}, {why}")
+
+
 def default_folder(settings: TrainingSettings) -> str:
     name = Path(settings.corpus.rstrip("/*")).stem or "corpus"
     tokenizer = Path(settings.tokenizer).name
@@ -76,8 +96,7 @@ def make_tokenizer_and_model(
     sizes = settings.given(*CONFIG_FIELDS)
     if settings.dropout is not None:
         sizes = {"resid_pdrop": settings.dropout, "embd_pdrop": settings.dropout, "attn_pdrop": settings.dropout} | sizes
-    texts = [*corpus.train, *corpus.validation] if settings.tokenizer == "char" else corpus.train
-    tokenizer = make_tokenizer(base or settings.tokenizer, texts, settings.vocab_size)
+    tokenizer = make_tokenizer(base or settings.tokenizer, corpus.train, settings.vocab_size, corpus.validation)
     if base:
         dropouts = {name: value for name, value in sizes.items() if name.endswith("_pdrop")}
         model = NanoGPTForCausalLM.from_pretrained(base, **dropouts)
@@ -95,17 +114,8 @@ def make_tokenizer_and_model(
         # What training never shows is never sampled: padding, bytes and, where no document ends, the end of text.
         unseen = np.setdiff1d(np.arange(model.config.vocab_size), encode_documents(tokenizer, corpus.train))
         generation.suppress_tokens = unseen.tolist() or None
+    suppress_padding(tokenizer, model)  # a base from elsewhere may not say it
     return tokenizer, model
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model) -> None:
-    """Raises ValueError when the tokenizer has ids that the model's embedding does not."""
-    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    if highest >= rows:
-        raise ValueError(
-            f"tokenizer and model do not belong together: the tokenizer has ids up to {highest}, the model embeds "
-            f"{rows} tokens: use the tokenizer that the model was trained with."
-        )
 
 
 def describe(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model, reason: str | None) -> None:

@@ -147,19 +147,20 @@ class RunLog:
         """train_loss (over all processes) and grad_norm of the newest step, and tokens_per_s since the last line.
 
         Raises:
-            ValueError: a loss or gradient since the last check was not finite.
+            ValueError: a loss or gradient since the last check was not finite. In float16 a gradient may be so:
+                the step was left out, and the loss is scaled less from then on.
         """
         values = self.accelerator.reduce(torch.stack(self.losses), reduction="sum").tolist()
         first = step - len(values) + 1
         self.losses.clear()
         for number, (loss, grad_norm) in enumerate(values):
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            if not math.isfinite(loss) or not math.isfinite(grad_norm) and self.accelerator.scaler is None:
                 what = "loss" if not math.isfinite(loss) else "gradient"
                 raise ValueError(not_finite(what, first + number))
         loss, grad_norm = values[-1]
         return {
             "train_loss": loss,
-            "grad_norm": grad_norm / self.accelerator.num_processes,
+            **({"grad_norm": grad_norm / self.accelerator.num_processes} if math.isfinite(grad_norm) else {}),
             "tokens_per_s": self.interval_steps * self.tokens_per_step / (time.perf_counter() - self.interval_start),
         }
 

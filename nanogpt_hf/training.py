@@ -21,7 +21,7 @@ from .checkpoints import (
     save_model,
 )
 from .corpora import Corpus
-from .evaluation import evaluate_split
+from .evaluation import evaluate_split, validation_stream
 from .interruption import Interruption
 from .optimization import make_optimizers, make_schedule, set_learning_rates
 from .reporting import RunLog, not_finite, say
@@ -58,6 +58,8 @@ def train(
     optimizers = [optimizer.optimizer for optimizer in optimizers] if not settings.fp16 else optimizers
     if checkpoint is not None:
         load_checkpoint(model, optimizers, checkpoint)
+        if accelerator.scaler is not None and progress.scaler:
+            accelerator.scaler.load_state_dict(progress.scaler)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if accelerator.is_main_process:
         open_run_folder(settings, corpus, tokenizer, identity, fresh=checkpoint is None)
@@ -115,6 +117,7 @@ def train(
                 ended |= progress.evaluations_since_best >= patience
             if stop_or_save or ended:
                 progress.elapsed_s = log.elapsed_s
+                progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
                 log.sync()
                 newest = folder / "checkpoints" / f"step-{step}"
                 save_checkpoint(accelerator, model, optimizers, tokenizer, progress, newest)
@@ -197,23 +200,6 @@ def compile_model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         say(accelerator, f"torch.compile failed ({reason[:160]}): training goes on without it")
     model.zero_grad()
-
-
-def validation_stream(
-    tokenizer: PreTrainedTokenizerFast, corpus: Corpus, block_size: int, device: torch.device
-) -> TokenStream:
-    """The validation split as a stream.
-
-    Raises:
-        ValueError: there is nothing in it to predict.
-    """
-    ids = encode_documents(tokenizer, corpus.validation)
-    if len(ids) < 2:
-        raise ValueError(
-            f"the validation split of {corpus.name} has {len(ids)} tokens, it needs at least 2: give a longer text or "
-            "a larger --validation_split_percentage."
-        )
-    return TokenStream(ids, min(block_size, len(ids) - 1), device)
 
 
 def save_best(accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -10,9 +10,8 @@ All but the defaults is as in pretrain_char.py. Losses in nats a token compare o
 recipes/evaluate.py puts all on one scale, bits per byte.
 """
 
-from nanogpt_hf.hardware import choose_defaults, device_type
-from nanogpt_hf.pretraining import pretrain
-from nanogpt_hf.settings import TrainingSettings, parse, run_recipe
+from nanogpt_hf.pretraining import pretrain_from_command_line
+from nanogpt_hf.settings import run_recipe
 
 # Tiny Shakespeare's training split is 411,000 tokens of 1,024: 400 steps of 8 x 128 or 25 of 64 x 256.
 DEFAULTS = {
@@ -50,9 +49,7 @@ DEFAULTS = {
 
 
 def main() -> None:
-    settings = parse(TrainingSettings, __doc__, defaults=choose_defaults(DEFAULTS))
-    found = "no GPU was" if device_type() == "cpu" else "a GPU was"
-    pretrain(settings, f"preset {settings.preset}, because {found} found")
+    pretrain_from_command_line(__doc__, DEFAULTS)
 
 
 if __name__ == "__main__":

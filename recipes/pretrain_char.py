@@ -8,9 +8,8 @@
 Without a GPU it takes the preset `cpu` (0.8M parameters, 4 minutes on 2 cores), with one `baby` (10.7M).
 """
 
-from nanogpt_hf.hardware import choose_defaults, device_type
-from nanogpt_hf.pretraining import pretrain
-from nanogpt_hf.settings import TrainingSettings, parse, run_recipe
+from nanogpt_hf.pretraining import pretrain_from_command_line
+from nanogpt_hf.settings import run_recipe
 
 DEFAULTS = {
     "cpu": dict(
@@ -43,9 +42,7 @@ DEFAULTS = {
 
 
 def main() -> None:
-    settings = parse(TrainingSettings, __doc__, defaults=choose_defaults(DEFAULTS))
-    found = "no GPU was" if device_type() == "cpu" else "a GPU was"
-    pretrain(settings, f"preset {settings.preset}, because {found} found")
+    pretrain_from_command_line(__doc__, DEFAULTS)
 
 
 if __name__ == "__main__":

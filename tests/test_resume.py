@@ -1,12 +1,15 @@
 """Going on: the end is the same to the bit, and only the same run goes on."""
 
 import json
+import math
 import shutil
 import socket
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from processes import (
     Run,
     digests,
@@ -137,6 +140,30 @@ def test_two_processes_then_one_with_another_micro_batch(corpus, tmp_path):
     for name in ("train_loss", "eval_loss"):
         losses = [[row[name] for row in metrics(folder) if name in row] for folder in (both, parts)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_loss_scaling_of_float16_goes_on(corpus, tmp_path):
+    """The scale grows every 4 steps and is halved by a gradient that is not finite; that step is left out."""
+
+    def with_scaler(settings):
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=4)
+        return accelerator
+
+    def overflow(model):
+        losses = iter(range(1000))
+        weight = model.lm_head.weight
+        weight.register_hook(lambda gradient: gradient * math.inf if next(losses) == 5 else gradient)
+
+    folder = tmp_path / "run"
+    words = training_words(folder, corpus, "--optim", "adamw", "--bf16", "false", "--fp16", "--save_total_limit", "9")
+    train_here(words, change_model=overflow, make_accelerator=with_scaler)
+    ends = [digests(folder), read_progress(folder / "checkpoints" / "step-30").scaler]
+    assert ends[1]["scale"] == 8 * 2**1 / 2 * 2**6
+    assert [row["step"] for row in metrics(folder) if "grad_norm" not in row] == [6]
+    drop_after(folder, 10)
+    train_here([*words, *GO_ON], make_accelerator=with_scaler)
+    assert [digests(folder), read_progress(folder / "checkpoints" / "step-30").scaler] == ends
 
 
 def test_a_finished_run_has_nothing_left_to_do(corpus, tmp_path):

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import string
+import sys
 import time
 from pathlib import Path
 
@@ -168,6 +169,26 @@ def test_no_token_and_no_home_in_a_run_folder(tmp_path):
     again = ["--config", home / "first" / "run.yaml", "--output_dir", home / "again"]
     finished(again, log=tmp_path / "4", **environment)
     assert digests(home / "again") == digests(home / "first")
+
+
+def note_network(path: str) -> None:
+    """From now on in this process, note every address that is asked for or connected to."""
+
+    def hook(event, args):
+        if event in ("socket.getaddrinfo", "socket.connect", "socket.sendto"):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"{event} {args}\n")
+
+    sys.addaudithook(hook)
+
+
+def test_a_run_on_a_file_asks_no_network(tmp_path):
+    rows = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [TEXT]}), rows)
+    asked = tmp_path / "asked"
+    words = training_words(tmp_path / "run", rows, "--max_steps", "3", "--report_to", "tensorboard")
+    finished(words, recipe="pretrain_char.py", prepare=(note_network, str(asked)))
+    assert not asked.exists(), asked.read_text(encoding="utf-8")
 
 
 def test_the_home_is_recognised_by_whole_names(monkeypatch, tmp_path):
