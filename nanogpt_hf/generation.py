@@ -126,7 +126,9 @@ def stream_text(
     if not prompt:
         raise ValueError("the prompt is empty: give at least one character (a newline will do).")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError("the prompt holds half of a surrogate pair, which is not Unicode text: leave it out.")
+        raise ValueError(
+            "the prompt holds half of a surrogate pair, which is not Unicode text: leave it out."
+        )
     ids = torch.from_numpy(encode(tokenizer, prompt)).long().repeat(num_return_sequences, 1)
     writers = [_Writer(tokenizer, stop) for _ in range(num_return_sequences)]
     tokens = generate_ids(model, ids, **sampling)
@@ -139,7 +141,9 @@ def stream_text(
             break
 
 
-def generate_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, **options) -> list[str]:
+def generate_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, **options
+) -> list[str]:
     """Whole continuations of a prompt (without it); the options are those of `stream_text`."""
     pieces = list(stream_text(model, tokenizer, prompt, **options))
     return ["".join(column) for column in zip(*pieces, strict=True)]

@@ -9,13 +9,17 @@ from accelerate import Accelerator
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 CHECKPOINTING = getattr(signal, "SIGUSR1", None)  # Windows has none
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and by torchrun
 
 
 class Interruption:
     """A context in which SIGTERM and SIGINT ask for a clean stop and SIGUSR1 for a checkpoint.
 
-    A second SIGTERM or SIGINT ends the process at once. A signal that comes to one process is only noted until
-    all processes `agree`: one that acted on it alone would leave the others waiting.
+    A second SIGTERM or SIGINT ends the process at once. The end of the launcher counts as a SIGTERM: accelerate
+    launch (1.15.0) does not pass on the one that it gets, and its process would go on training, unseen.
+
+    A signal that comes to one process is only noted until all processes `agree`: one that acted on it alone
+    would leave the others waiting.
 
     Attributes:
         signal: the stopping signal that all know of, 0 before one has come.
@@ -28,6 +32,7 @@ class Interruption:
         self.signal, self.checkpoint, self.out_of_time = 0, False, False
         self._noted, self._wants_checkpoint = 0, False
         self._before = {}
+        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -51,6 +56,8 @@ class Interruption:
 
     def agree(self, accelerator: Accelerator, elapsed_s: float) -> None:
         """Take the decisions of any process for all of them. One process decides without communication."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._noted = self._noted or signal.SIGTERM
         late = self.max_minutes is not None and elapsed_s > 60 * self.max_minutes
         flags = [int(self._noted), int(self._wants_checkpoint), int(late)]
         self._wants_checkpoint = False

@@ -63,7 +63,9 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 gradients = [parameter.grad for parameter in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))  # Nesterov's
+                updates = torch.stack(
+                    torch._foreach_lerp(gradients, momenta, group["momentum"])
+                )  # Nesterov's
                 updates = orthogonalize(updates.to(self.dtype)).to(parameters[0].dtype)
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
@@ -117,7 +119,9 @@ def make_schedule(settings: TrainingSettings) -> Callable[[int], float]:
     """
     names = [name.value for name in SchedulerType]
     if settings.lr_scheduler_type not in names:
-        raise ValueError(f"--lr_scheduler_type {settings.lr_scheduler_type} is not one of {', '.join(names)}.")
+        raise ValueError(
+            f"--lr_scheduler_type {settings.lr_scheduler_type} is not one of {', '.join(names)}."
+        )
     warmup = min(settings.warmup_steps, settings.max_steps // 2)
     extra = {}
     if settings.lr_scheduler_type == "warmup_stable_decay":

@@ -23,7 +23,9 @@ from .settings import TrainingSettings, parse
 from .tokenization import encode_documents, make_tokenizer
 from .training import train
 
-CONFIG_FIELDS = "architecture n_layer n_head n_embd n_inner n_positions resid_pdrop embd_pdrop attn_pdrop".split()
+CONFIG_FIELDS = (
+    "architecture n_layer n_head n_embd n_inner n_positions resid_pdrop embd_pdrop attn_pdrop".split()
+)
 
 
 def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
@@ -48,10 +50,14 @@ def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
     tokenizer, model = make_tokenizer_and_model(settings, corpus)
     if settings.push_to_hub:
         choose_format(model.config, settings.hub_format)
-    model.generation_config.max_length = model.config.n_positions  # or a pipeline's default runs past the context
+    model.generation_config.max_length = (
+        model.config.n_positions
+    )  # or a pipeline's default runs past the context
     model.set_attn_implementation(settings.attn_implementation)
     if settings.gradient_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # renamed in 5.2x
+        getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )()  # renamed in 5.2x
     describe(accelerator, settings, corpus, tokenizer, model, reason)
     progress = train(accelerator, settings, corpus, tokenizer, model)
     finish(accelerator, settings, corpus, tokenizer, model, progress)
@@ -95,16 +101,29 @@ def make_tokenizer_and_model(
     base = settings.model_name_or_path
     sizes = settings.given(*CONFIG_FIELDS)
     if settings.dropout is not None:
-        sizes = {"resid_pdrop": settings.dropout, "embd_pdrop": settings.dropout, "attn_pdrop": settings.dropout} | sizes
-    tokenizer = make_tokenizer(base or settings.tokenizer, corpus.train, settings.vocab_size, corpus.validation)
+        sizes = {
+            "resid_pdrop": settings.dropout,
+            "embd_pdrop": settings.dropout,
+            "attn_pdrop": settings.dropout,
+        } | sizes
+    tokenizer = make_tokenizer(
+        base or settings.tokenizer, corpus.train, settings.vocab_size, corpus.validation
+    )
     if base:
         dropouts = {name: value for name, value in sizes.items() if name.endswith("_pdrop")}
         model = NanoGPTForCausalLM.from_pretrained(base, **dropouts)
     else:
         vocab_size = math.ceil(len(tokenizer) / settings.pad_to_multiple_of) * settings.pad_to_multiple_of
         end = tokenizer.eos_token_id
-        fields = {"vocab_size": vocab_size, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end} | sizes
-        model = NanoGPTForCausalLM(preset_config(settings.preset, **fields) if settings.preset else NanoGPTConfig(**fields))
+        fields = {
+            "vocab_size": vocab_size,
+            "bos_token_id": end,
+            "eos_token_id": end,
+            "pad_token_id": end,
+        } | sizes
+        model = NanoGPTForCausalLM(
+            preset_config(settings.preset, **fields) if settings.preset else NanoGPTConfig(**fields)
+        )
     check_vocabulary(tokenizer, model)
     tokenizer.model_max_length = model.config.n_positions
     generation = model.generation_config
@@ -118,11 +137,17 @@ def make_tokenizer_and_model(
     return tokenizer, model
 
 
-def describe(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model, reason: str | None) -> None:
+def describe(
+    accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model, reason: str | None
+) -> None:
     """The first screen: what will happen."""
     config = model.config
     characters = sum(map(len, corpus.train)) + sum(map(len, corpus.validation))
-    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    batch = (
+        settings.per_device_train_batch_size
+        * settings.gradient_accumulation_steps
+        * accelerator.num_processes
+    )
     if corpus.notice:
         say(accelerator, f"NOTE: {corpus.notice}")
     say(
@@ -147,7 +172,13 @@ def finish(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model,
     model = accelerator.unwrap_model(model)
     load_weights(model, folder)
     samples = generate_text(
-        model, tokenizer, "\n", num_return_sequences=3, max_new_tokens=500, temperature=0.8, seed=settings.seed
+        model,
+        tokenizer,
+        "\n",
+        num_return_sequences=3,
+        max_new_tokens=500,
+        temperature=0.8,
+        seed=settings.seed,
     )
     text = "\n\n---\n\n".join(sample.strip() for sample in samples) + "\n"
     with files_written_whole(folder) as staging:
@@ -166,5 +197,7 @@ def finish(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model,
     )
     write_card(folder)
     if settings.push_to_hub:
-        url = push(folder, settings.hub_model_id, private=settings.hub_private_repo, format=settings.hub_format)
+        url = push(
+            folder, settings.hub_model_id, private=settings.hub_private_repo, format=settings.hub_format
+        )
         say(accelerator, f"shared          {url}")

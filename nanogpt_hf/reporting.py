@@ -122,7 +122,11 @@ class RunLog:
         self.trackers = bool(settings.report_to)
         if self.trackers:
             config = {k: v for k, v in public_values(settings).items() if isinstance(v, (int, float, str))}
-            self._tracked(lambda: accelerator.init_trackers("nanogpt_hf", None if progress.step else config, same_run(settings, progress)))
+            self._tracked(
+                lambda: accelerator.init_trackers(
+                    "nanogpt_hf", None if progress.step else config, same_run(settings, progress)
+                )
+            )
 
     def _tracked(self, action) -> None:
         """A tracker that fails is given up with a sentence; the run goes on."""
@@ -131,7 +135,10 @@ class RunLog:
         except Exception as error:
             self.trackers = False
             self.accelerator.trackers = []
-            say(self.accelerator, f"warning: a tracker failed and is given up ({type(error).__name__}: {error}).")
+            say(
+                self.accelerator,
+                f"warning: a tracker failed and is given up ({type(error).__name__}: {error}).",
+            )
 
     @property
     def elapsed_s(self) -> float:
@@ -161,12 +168,18 @@ class RunLog:
         return {
             "train_loss": loss,
             **({"grad_norm": grad_norm / self.accelerator.num_processes} if math.isfinite(grad_norm) else {}),
-            "tokens_per_s": self.interval_steps * self.tokens_per_step / (time.perf_counter() - self.interval_start),
+            "tokens_per_s": self.interval_steps
+            * self.tokens_per_step
+            / (time.perf_counter() - self.interval_start),
         }
 
     def write(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl, and the same for the bar and the trackers."""
-        row = {"step": step, "tokens_seen": step * self.tokens_per_step, "elapsed_s": round(self.elapsed_s, 3)} | values
+        row = {
+            "step": step,
+            "tokens_seen": step * self.tokens_per_step,
+            "elapsed_s": round(self.elapsed_s, 3),
+        } | values
         self.restart_clock()
         if not self.accelerator.is_main_process:
             return
@@ -175,7 +188,9 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
         self.shown |= values
         labels = {"train_loss": "loss {:.3f}", "eval_loss": "val {:.3f}", "tokens_per_s": "{:,.0f} tok/s"}
-        shown = ", ".join(text.format(self.shown[name]) for name, text in labels.items() if name in self.shown)
+        shown = ", ".join(
+            text.format(self.shown[name]) for name, text in labels.items() if name in self.shown
+        )
         self.bar.set_postfix_str(shown, refresh=False)
         if self.bar.disable and "eval_loss" in values:
             say(self.accelerator, f"step {step}/{self.settings.max_steps}: {shown}")
@@ -205,7 +220,10 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key, label, style in (("train_loss", "training, one batch", "-"), ("eval_loss", "validation, whole split", "o-")):
+    for key, label, style in (
+        ("train_loss", "training, one batch", "-"),
+        ("eval_loss", "validation, whole split", "o-"),
+    ):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             faint = key == "train_loss"

@@ -35,7 +35,9 @@ class TrainingSettings:
     """Settings of a run. Named as in transformers' TrainingArguments and GPT2Config wherever those have one."""
 
     # Text
-    corpus: str = setting("tiny_shakespeare", "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset")
+    corpus: str = setting(
+        "tiny_shakespeare", "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset"
+    )
     text_column: str = setting("text", "column of a .jsonl, .parquet or Hub dataset that holds the text")
     validation_split_percentage: int = setting(10, "percent of the text, at its end, kept for validation")
     tokenizer: str = setting("char", "char or bpe (trained on the corpus), a tokenizer's folder, or a Hub id")
@@ -43,7 +45,9 @@ class TrainingSettings:
     pad_to_multiple_of: int = setting(64, "round the model's vocabulary up to a multiple of this")
 
     # Model
-    model_name_or_path: str | None = setting(None, "start from this checkpoint (folder or Hub id), its tokenizer included")
+    model_name_or_path: str | None = setting(
+        None, "start from this checkpoint (folder or Hub id), its tokenizer included"
+    )
     preset: str | None = setting(None, "named size: cpu, baby, gpt2 … gpt2-xl, gpt3-small … gpt3-175b")
     architecture: Literal["gpt2", "modern"] | None = setting(None, "gpt2: GPT-2's block; modern: Qwen3's")
     n_layer: int | None = setting(None, "blocks")
@@ -55,23 +59,33 @@ class TrainingSettings:
     resid_pdrop: float | None = setting(None, "dropout at the end of every residual branch")
     embd_pdrop: float | None = setting(None, "dropout after the embeddings")
     attn_pdrop: float | None = setting(None, "dropout of the attention weights")
-    attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "attention kernel: torch's fused one, or plain matmuls")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    attn_implementation: Literal["sdpa", "eager"] = setting(
+        "sdpa", "attention kernel: torch's fused one, or plain matmuls"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
 
     # Run folder
     output_dir: str | None = setting(None, "run folder; default runs/CORPUS-TOKENIZER")
     overwrite_output_dir: bool = setting(False, "replace the run that is in the folder")
-    resume_from_checkpoint: str | None = setting(None, "'last', or a checkpoint folder: go on from there, exactly")
+    resume_from_checkpoint: str | None = setting(
+        None, "'last', or a checkpoint folder: go on from there, exactly"
+    )
 
     # Length and batches
     max_steps: int = setting(2000, "optimiser steps")
     max_minutes: float | None = setting(None, "stop after this many minutes, with a checkpoint")
     per_device_train_batch_size: int = setting(32, "sequences a device and micro-batch")
     gradient_accumulation_steps: int = setting(1, "micro-batches a step")
-    per_device_eval_batch_size: int = setting(64, "sequences a device in evaluation; does not change the loss")
+    per_device_eval_batch_size: int = setting(
+        64, "sequences a device in evaluation; does not change the loss"
+    )
 
     # Optimiser
-    optim: Literal["adamw", "muon"] = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
+    optim: Literal["adamw", "muon"] = setting(
+        "adamw", "muon: Muon for the blocks' matrices, AdamW for the rest"
+    )
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon")
     weight_decay: float = setting(0.1, "decay of matrices (norms and biases have none)")
@@ -79,7 +93,9 @@ class TrainingSettings:
     adam_beta2: float = setting(0.99, "decay of AdamW's second moment")
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0 does not clip")
-    lr_scheduler_type: str = setting("linear", "schedule after warm-up, as transformers names it (linear: to zero)")
+    lr_scheduler_type: str = setting(
+        "linear", "schedule after warm-up, as transformers names it (linear: to zero)"
+    )
     warmup_steps: int = setting(100, "steps of linear warm-up")
 
     # Rhythm
@@ -88,7 +104,9 @@ class TrainingSettings:
     eval_on_start: bool = setting(False, "evaluate before the first step too")
     save_steps: int = setting(500, "steps between two checkpoints")
     save_total_limit: int = setting(2, "checkpoints kept (the best model is kept beside them)")
-    early_stopping_patience: int | None = setting(None, "stop after so many evaluations without a better loss")
+    early_stopping_patience: int | None = setting(
+        None, "stop after so many evaluations without a better loss"
+    )
     seed: int = setting(1337, "decides initial weights, order of the batches and dropout")
 
     # Hardware
@@ -97,12 +115,16 @@ class TrainingSettings:
     fp16: bool = setting(False, "float16 autocast, for GPUs without bfloat16")
     torch_compile: bool | None = setting(None, "compile the model; default: on CUDA")
     torch_compile_backend: str = setting("inductor", "backend of torch.compile")
-    auto_find_batch_size: bool = setting(False, "out of memory: halve the micro-batch and double the accumulation")
+    auto_find_batch_size: bool = setting(
+        False, "out of memory: halve the micro-batch and double the accumulation"
+    )
 
     # Sharing
     report_to: list[str] = setting([], "trackers: trackio, tensorboard, wandb, … (what accelerate knows)")
     push_to_hub: bool = setting(False, "upload the run's best model when training has ended")
-    hub_model_id: str | None = setting(None, "name on the Hub, NAME or OWNER/NAME; default: the run folder's name")
+    hub_model_id: str | None = setting(
+        None, "name on the Hub, NAME or OWNER/NAME; default: the run folder's name"
+    )
     hub_private_repo: bool = setting(False, "make the Hub repository private")
     hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt"] = setting("auto", "checkpoint format on the Hub")
 
@@ -113,7 +135,14 @@ class TrainingSettings:
         ).split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
-        for name in ("warmup_steps", "max_grad_norm", "weight_decay", "learning_rate", "muon_learning_rate", "seed"):
+        for name in (
+            "warmup_steps",
+            "max_grad_norm",
+            "weight_decay",
+            "learning_rate",
+            "muon_learning_rate",
+            "seed",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}, it must not be negative.")
         if self.seed >= 2**32:
@@ -127,7 +156,9 @@ class TrainingSettings:
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other: give one of them.")
         if self.resume_from_checkpoint and self.overwrite_output_dir:
-            raise ValueError("--resume_from_checkpoint and --overwrite_output_dir exclude each other: give one.")
+            raise ValueError(
+                "--resume_from_checkpoint and --overwrite_output_dir exclude each other: give one."
+            )
 
     def given(self, *names: str) -> dict:
         """Those of the named settings that are not None."""
@@ -160,11 +191,16 @@ class OneSentenceParser(HfArgumentParser):
 def _from_yaml(path: str, known: Sequence[str]) -> dict:
     """The settings in a YAML file; a run.yaml's `record` of what happened is not a setting."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
+        if len(text) > 2**16:  # PyYAML takes time that grows with the square of some texts' length
+            raise ValueError(f"it has {len(text):,} characters, settings have fewer")
+        values = yaml.safe_load(text) or {}
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read ({error.strerror}).") from error
     except Exception as error:  # what PyYAML's constructors meet comes through as it is
-        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())[:300]}.") from error
+        raise ValueError(
+            f"--config {path} is not valid YAML: {' '.join(str(error).split())[:300]}."
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold `setting: value` lines.")
     values.pop("record", None)
@@ -213,7 +249,11 @@ def parse(
     argv = list(sys.argv[1:] if argv is None else argv)
     known = [item.name for item in fields(cls)]
     parser = OneSentenceParser(
-        cls, allow_abbrev=False, usage="%(prog)s [--SETTING VALUE …]", description=description, formatter_class=_HelpFormatter
+        cls,
+        allow_abbrev=False,
+        usage="%(prog)s [--SETTING VALUE …]",
+        description=description,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; a run.yaml is one")
 
@@ -264,7 +304,11 @@ def _is_lost_process(error: BaseException) -> bool:
     """Whether a collective failed, which it does in all processes once one of them has ended."""
     import torch
 
-    failed = isinstance(error, torch.distributed.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+    failed = (
+        isinstance(error, torch.distributed.DistError)
+        or isinstance(error, RuntimeError)
+        and "gloo" in str(error)
+    )
     return failed and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

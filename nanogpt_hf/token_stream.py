@@ -79,7 +79,9 @@ class TokenStream:
         epoch, place = np.divmod(np.asarray(rows, dtype=np.uint64), np.uint64(self.windows_per_epoch))
         key = mix(epoch ^ mix(np.uint64(seed)))
         offset = mix(key) % np.uint64(self.offsets)
-        return (offset + permute(place, self.windows_per_epoch, key) * np.uint64(self.block_size)).astype(np.int64)
+        return (offset + permute(place, self.windows_per_epoch, key) * np.uint64(self.block_size)).astype(
+            np.int64
+        )
 
     def batch(self, seed: int, step: int, batch_size: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and their next tokens, each B T, for some rows of the global batch of a step.
@@ -98,7 +100,9 @@ class TokenStream:
         after_the_first = max(0, len(self.ids) - 1 - self.block_size)
         return 1 + -(-after_the_first // (stride or self.block_size))
 
-    def window_batch(self, numbers: np.ndarray, stride: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def window_batch(
+        self, numbers: np.ndarray, stride: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and next tokens, each B T, of these windows.
 
         A next token is -100 past the end of the stream, and where an earlier window has it already.
@@ -107,6 +111,8 @@ class TokenStream:
         offsets = np.arange(self.block_size + 1)
         index = numbers[:, None] * stride + offsets
         block = self._gather(np.minimum(index, len(self.ids) - 1))
-        elsewhere = (index >= len(self.ids)) | ((numbers[:, None] > 0) & (offsets <= self.block_size - stride))
+        elsewhere = (index >= len(self.ids)) | (
+            (numbers[:, None] > 0) & (offsets <= self.block_size - stride)
+        )
         y = block[:, 1:].masked_fill(torch.from_numpy(elsewhere[:, 1:]).to(self.device), -100)
         return block[:, :-1].contiguous(), y

@@ -98,7 +98,9 @@ def train(
                 micro_batch = smaller_batch(accelerator, settings, micro_batch)
                 model.zero_grad()
                 continue
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or float("inf"))
+            grad_norm = accelerator.clip_grad_norm_(
+                model.parameters(), settings.max_grad_norm or float("inf")
+            )
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad()
@@ -126,19 +128,27 @@ def train(
                 log.restart_clock()
             if interruption.signal:
                 log.close()
-                say(accelerator, f"stopped at step {step} with a checkpoint; go on with --resume_from_checkpoint last")
+                say(
+                    accelerator,
+                    f"stopped at step {step} with a checkpoint; go on with --resume_from_checkpoint last",
+                )
                 sys.exit(128 + interruption.signal)
             if interruption.checkpoint:
                 interruption.checkpoint = False
                 say(accelerator, f"checkpoint at step {step}, as asked")
     if interruption.out_of_time:
-        say(accelerator, f"--max_minutes {settings.max_minutes} passed at step {progress.step} of {settings.max_steps}")
+        say(
+            accelerator,
+            f"--max_minutes {settings.max_minutes} passed at step {progress.step} of {settings.max_steps}",
+        )
     log.close()
     return progress
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, model: torch.nn.Module, micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
     """Add up the gradients of the mean loss over all tokens of all micro-batches of all processes.
 

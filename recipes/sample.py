@@ -25,7 +25,9 @@ class SampleSettings:
     max_new_tokens: int = setting(500, "length of each, in tokens")
     temperature: float = setting(0.8, "0: always the likeliest token; 1: as the model has learned")
     top_k: int | None = setting(None, "choose among the k likeliest tokens only")
-    top_p: float | None = setting(None, "choose among the likeliest tokens that hold this share of probability")
+    top_p: float | None = setting(
+        None, "choose among the likeliest tokens that hold this share of probability"
+    )
     stop: list[str] = setting([], "end before the first of these strings")
     seed: int | None = setting(None, "the same seed gives the same text")
 
@@ -48,7 +50,15 @@ def main() -> None:
     model, tokenizer = load_model_and_tokenizer(settings.model)
     options = {
         name: getattr(settings, name)
-        for name in ("num_return_sequences", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")
+        for name in (
+            "num_return_sequences",
+            "max_new_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "stop",
+            "seed",
+        )
     }
     if settings.num_return_sequences == 1:
         sys.stdout.write(printable(settings.prompt))

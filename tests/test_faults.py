@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -36,6 +35,7 @@ from safetensors.torch import load_file
 
 from nanogpt_hf.checkpoints import damage, list_checkpoints, newest_good, read_progress, step_of
 
+resource = pytest.importorskip("resource", reason="kills and limits are injected the POSIX way")
 pytestmark = pytest.mark.faults
 KILLS = int(os.environ.get("NANOGPT_HF_KILLS", 5))
 LONG = KILLS > 5
@@ -469,6 +469,29 @@ def test_both_of_two_processes_stop_at_the_same_step(corpus, tmp_path):
     runs[1].signal(signal.SIGTERM)
     assert [run.wait() for run in runs] == [143, 143], [run.said() for run in runs]
     assert "stopped at step" in runs[0].said() and runs[1].said() == ""
+
+
+def test_a_run_whose_launcher_is_killed_stops(corpus, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    words = training_words(folder, corpus, *WRITING_MUCH, "--max_steps", "100000")
+    launcher = Run(
+        words, log=tmp_path / "launcher.log", prepare=(launch_itself,), ACCELERATE_MIXED_PRECISION="no"
+    )
+    launcher.wait_for(folder / "checkpoints" / "step-4")
+    launcher.signal(signal.SIGTERM)
+    assert launcher.wait() == 143
+    end = time.monotonic() + 60
+    while "stopped at step" not in launcher.said():
+        assert time.monotonic() < end, launcher.said()
+        time.sleep(0.01)
+    newest = newest_good(folder / "checkpoints")[0]
+    assert f"stopped at step {step_of(newest)} with a checkpoint" in launcher.said()
+
+
+def launch_itself() -> None:
+    """What accelerate launch does: the parent waits, the child trains."""
+    if child := os.fork():
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not LONG, reason="the launcher's processes take long to start: NANOGPT_HF_KILLS=50")

@@ -13,7 +13,9 @@ SIZES = dict(vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4, bos_
 
 def make(architecture="gpt2", seed=0, **fields):
     torch.manual_seed(seed)
-    model = NanoGPTForCausalLM(NanoGPTConfig(architecture=architecture, pad_token_id=0, **SIZES | fields)).eval()
+    model = NanoGPTForCausalLM(
+        NanoGPTConfig(architecture=architecture, pad_token_id=0, **SIZES | fields)
+    ).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)  # so that no weight may be left out unnoticed
@@ -26,14 +28,18 @@ def ids(*shape):
 
 def test_gpt2_has_the_state_dict_and_the_logits_of_gpt2():
     ours, theirs = make("gpt2"), GPT2LMHeadModel(GPT2Config(**SIZES)).eval()
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     theirs.load_state_dict(ours.state_dict())
     x = ids(3, 32)
     torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours(x, labels=x).loss, theirs(x, labels=x).loss)
 
 
-@pytest.mark.parametrize("options", [{"scale_attn_by_inverse_layer_idx": True}, {"activation_function": "gelu"}])
+@pytest.mark.parametrize(
+    "options", [{"scale_attn_by_inverse_layer_idx": True}, {"activation_function": "gelu"}]
+)
 def test_gpt2_variants(options):
     ours, theirs = make("gpt2", **options), GPT2LMHeadModel(GPT2Config(**SIZES | options)).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -54,7 +60,9 @@ def test_modern_is_a_qwen3(dtype):
 class TestBothArchitectures:
     def test_cached_static_and_uncached_greedy_agree(self, architecture):
         model, x = make(architecture), ids(2, 5)
-        options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(x))
+        options = dict(
+            max_new_tokens=20, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(x)
+        )
         plain = model.generate(x, use_cache=False, **options)
         assert torch.equal(plain, model.generate(x, **options))
         assert torch.equal(plain, model.generate(x, cache_implementation="static", **options))
@@ -73,7 +81,9 @@ class TestBothArchitectures:
         def score(sequence):
             return model(sequence).logits.log_softmax(-1)[0, 3:-1].gather(1, sequence[0, 4:, None]).sum()
 
-        options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(x))
+        options = dict(
+            max_new_tokens=6, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(x)
+        )
         assert score(model.generate(x, num_beams=8, **options)) >= score(model.generate(x, **options)) - 1e-5
 
     def test_eager_and_fused_attention_agree(self, architecture):
@@ -125,7 +135,9 @@ class TestBothArchitectures:
         labels = x.masked_fill(torch.arange(12) > torch.tensor([[3], [11], [7], [5]]), -100)
         whole = model(x, labels=labels).loss
         count = (labels[:, 1:] != -100).sum()
-        parts = sum(model(x[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count).loss for i in range(4))
+        parts = sum(
+            model(x[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count).loss for i in range(4)
+        )
         torch.testing.assert_close(parts, whole)
 
     def test_dropout_is_off_in_evaluation_and_on_in_training(self, architecture):
@@ -169,7 +181,13 @@ def test_config_that_does_not_fit_together(fields, message):
 
 @pytest.mark.parametrize(
     "name, millions",
-    [("gpt2", 124.44), ("gpt2-medium", 354.82), ("gpt2-large", 774.03), ("gpt2-xl", 1557.61), ("gpt3-175b", 174_600)],
+    [
+        ("gpt2", 124.44),
+        ("gpt2-medium", 354.82),
+        ("gpt2-large", 774.03),
+        ("gpt2-xl", 1557.61),
+        ("gpt3-175b", 174_600),
+    ],
 )
 def test_presets_have_the_size_in_their_name(name, millions):
     with torch.device("meta"):

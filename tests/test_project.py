@@ -17,14 +17,20 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 def test_lint_and_format():
     for words in (["check"], ["format", "--check"]):
-        done = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_the_disk():
-    tree = README.split("```text\n")[1].split("```")[0]
+    tree = README.split("```text\n")[-1].split("```")[0]
     named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
-    rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and not re.match(r"[.]|runs|data|.*egg-info", path.name)}
+    rooms = {
+        path.name
+        for path in ROOT.iterdir()
+        if path.is_dir() and not re.match(r"[.]|runs|data|.*egg-info", path.name)
+    }
     modules = {path.name for path in (ROOT / "nanogpt_hf").glob("*.py")} - {"__init__.py"}
     recipes = {path.name for path in (ROOT / "recipes").glob("*.py")}
     assert rooms - {"__pycache__"} | modules | recipes <= named
@@ -35,7 +41,9 @@ def test_the_tree_in_the_readme_is_the_tree_on_the_disk():
 def test_every_flag_in_the_readme_exists():
     from nanogpt_hf import settings
 
-    text = "\n".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("recipes/*.py"), Path(settings.__file__)])
+    text = "\n".join(
+        path.read_text(encoding="utf-8") for path in [*ROOT.glob("recipes/*.py"), Path(settings.__file__)]
+    )
     launcher = {"config_file", "num_processes"}
     for flag in set(re.findall(r"--([a-z]\w+)", README)) - launcher:
         assert re.search(rf"\b{flag}\b", text), flag
@@ -47,29 +55,41 @@ def imports_of(path):
 
 def test_imports_go_one_way():
     """The order of the rooms in README's tree is the order of the imports: a module uses only those above it."""
-    tree = README.split("```text\n")[1].split("```")[0]
+    tree = README.split("```text\n")[-1].split("```")[0]
     order = [line.split()[0].removesuffix(".py").rstrip("/") for line in tree.splitlines() if line.strip()]
     for path in (ROOT / "nanogpt_hf").glob("*.py"):
         if path.stem != "__init__":
             for name in imports_of(path):
-                assert order.index(name) < order.index(path.stem), f"{path.stem} imports {name}, which stands below it"
+                assert order.index(name) < order.index(path.stem), (
+                    f"{path.stem} imports {name}, which stands below it"
+                )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_launch_settings_are_what_accelerate_knows(path):
     config = load_config_from_file(str(path))  # raises on unknown keys
     assert config.mixed_precision == "no", "the recipes choose the precision"
-    assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() >= {"distributed_type", "num_processes", "use_cpu"}
+    assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() >= {
+        "distributed_type",
+        "num_processes",
+        "use_cpu",
+    }
 
 
 @pytest.mark.parametrize("name, processes", [("cpu", 1), ("cpu_2_processes", 2)])
 def test_launch_settings_for_the_cpu_train(name, processes, tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 60, encoding="utf-8")
-    sizes = "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --max_steps 4"
+    sizes = (
+        "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --max_steps 4"
+    )
     done = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
-            *("--config_file", ROOT / "accelerate_configs" / f"{name}.yaml", ROOT / "recipes" / "pretrain_char.py"),
+            *(
+                "--config_file",
+                ROOT / "accelerate_configs" / f"{name}.yaml",
+                ROOT / "recipes" / "pretrain_char.py",
+            ),
             *("--corpus", tmp_path / "text.txt", "--output_dir", tmp_path / "run", *sizes.split()),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

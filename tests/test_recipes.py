@@ -16,7 +16,10 @@ TINY = (
     "--n_layer 2 --n_embd 32 --n_head 2 --n_positions 16 --per_device_train_batch_size 8 --max_steps 40 "
     "--eval_steps 20 --save_steps 20 --logging_steps 10 --use_cpu"
 ).split()
-RUSSIAN = "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил и лучше выдумать не мог.\n" * 30
+RUSSIAN = (
+    "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил и лучше выдумать не мог.\n"
+    * 30
+)
 
 
 def run(recipe, *words):
@@ -74,11 +77,16 @@ def test_a_run_leaves_what_it_promises(run_folder):
 
 
 def test_the_folder_is_an_ordinary_checkpoint(run_folder):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(run_folder), AutoTokenizer.from_pretrained(run_folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(run_folder),
+        AutoTokenizer.from_pretrained(run_folder),
+    )
     assert tokenizer.decode(tokenizer(RUSSIAN).input_ids) == RUSSIAN
     inputs = tokenizer("Мой дядя", return_tensors="pt")
     options = dict(max_new_tokens=6, do_sample=False)
-    assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, use_cache=False, **options))
+    assert torch.equal(
+        model.generate(**inputs, **options), model.generate(**inputs, use_cache=False, **options)
+    )
 
 
 def test_a_text_in_another_script_under_an_ascii_locale(text, tmp_path):
@@ -96,10 +104,16 @@ def test_a_text_in_another_script_under_an_ascii_locale(text, tmp_path):
 
 
 def test_samples_longer_than_the_context_with_unseen_characters(run_folder, capsys):
-    assert run("sample.py", "--model", run_folder, "--prompt", "😀 ё Ω", "--max_new_tokens", 200, "--seed", 1) == 0
+    assert (
+        run("sample.py", "--model", run_folder, "--prompt", "😀 ё Ω", "--max_new_tokens", 200, "--seed", 1)
+        == 0
+    )
     first = capsys.readouterr().out
     assert first.startswith("😀 ё Ω") and len(first) > 150
-    assert run("sample.py", "--model", run_folder, "--prompt", "😀 ё Ω", "--max_new_tokens", 200, "--seed", 1) == 0
+    assert (
+        run("sample.py", "--model", run_folder, "--prompt", "😀 ё Ω", "--max_new_tokens", 200, "--seed", 1)
+        == 0
+    )
     assert capsys.readouterr().out == first
 
 
@@ -123,8 +137,20 @@ def test_a_failing_compiler_is_said_once_and_training_goes_on(text, tmp_path, ca
 
 def test_early_stopping_keeps_the_best_and_the_newest(text, tmp_path):
     folder = tmp_path / "run"
-    words = ["--early_stopping_patience", "2", "--eval_steps", "5", "--max_steps", "400", "--learning_rate", "0.3"]
-    assert run("pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, *words, "--optim", "adamw") == 0
+    words = [
+        "--early_stopping_patience",
+        "2",
+        "--eval_steps",
+        "5",
+        "--max_steps",
+        "400",
+        "--learning_rate",
+        "0.3",
+    ]
+    assert (
+        run("pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, *words, "--optim", "adamw")
+        == 0
+    )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
     best_step, last_step = min(losses)[1], losses[-1][1]
@@ -187,7 +213,9 @@ def test_bad_input_ends_in_one_sentence_with_nothing_written(tmp_path, text, run
 
     before = everything()
     for words, message in cases:
-        words = [*TINY, *words] if "--output_dir" in words else [*TINY, "--output_dir", tmp_path / "out", *words]
+        words = (
+            [*TINY, *words] if "--output_dir" in words else [*TINY, "--output_dir", tmp_path / "out", *words]
+        )
         status = run("pretrain_char.py", *words)
         said = capsys.readouterr().err.strip()
         assert status == 2, (words, status, said)
@@ -215,10 +243,21 @@ def test_one_and_two_processes_with_the_same_global_batch_give_the_same_losses(t
         done = launch(
             *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes),
             *("recipes/pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, "--bf16", "false"),
-            *("--dropout", "0", "--per_device_train_batch_size", batch, "--max_steps", 10, "--logging_steps", 1),
+            *(
+                "--dropout",
+                "0",
+                "--per_device_train_batch_size",
+                batch,
+                "--max_steps",
+                10,
+                "--logging_steps",
+                1,
+            ),
         )
         assert done.returncode == 0, done.stderr.decode()
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses.append([row["train_loss"] for row in rows] + [row["eval_loss"] for row in rows if "eval_loss" in row])
+        losses.append(
+            [row["train_loss"] for row in rows] + [row["eval_loss"] for row in rows if "eval_loss" in row]
+        )
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert len(losses[0]) == 11

@@ -156,7 +156,9 @@ def test_loss_scaling_of_float16_goes_on(corpus, tmp_path):
         weight.register_hook(lambda gradient: gradient * math.inf if next(losses) == 5 else gradient)
 
     folder = tmp_path / "run"
-    words = training_words(folder, corpus, "--optim", "adamw", "--bf16", "false", "--fp16", "--save_total_limit", "9")
+    words = training_words(
+        folder, corpus, "--optim", "adamw", "--bf16", "false", "--fp16", "--save_total_limit", "9"
+    )
     train_here(words, change_model=overflow, make_accelerator=with_scaler)
     ends = [digests(folder), read_progress(folder / "checkpoints" / "step-30").scaler]
     assert ends[1]["scale"] == 8 * 2**1 / 2 * 2**6

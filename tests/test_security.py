@@ -444,7 +444,8 @@ NAMES = st.sampled_from(sorted(vars(TrainingSettings()))) | st.text(string.ascii
 @example(b"seed: !!timestamp x")
 @example(b"seed: 2020-13-45")
 @example(b"seed: 1" + b"0" * 5000)
-@example(b"seed: " + b"[" * 100_000)
+@example(b"seed: " + b"[" * 50_000)
+@example(b"seed: " + b"[" * 10_000_000)
 @example(b"corpus: !!binary \xff")
 @example(b"? [1]\n: 2")
 @example(

@@ -32,7 +32,9 @@ def test_a_false_on_the_command_line_beats_a_true_in_the_file(tmp_path):
 
 
 def test_defaults_may_depend_on_what_was_said():
-    settings = read("--preset", "cpu", defaults=lambda said: {"max_steps": 7 if said == {"preset": "cpu"} else 9})
+    settings = read(
+        "--preset", "cpu", defaults=lambda said: {"max_steps": 7 if said == {"preset": "cpu"} else 9}
+    )
     assert settings.max_steps == 7
 
 
@@ -83,5 +85,3 @@ def test_help_shows_every_setting_with_its_default(capsys):
     assert end.value.code == 0
     assert all(f"--{name}" in text for name in TrainingSettings.__dataclass_fields__)
     assert "1337" in text
-
-

@@ -12,7 +12,9 @@ from nanogpt_hf.training import accumulate_gradients, step_seed
 
 def make():
     torch.manual_seed(0)
-    fields = dict(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    fields = dict(
+        vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
     return NanoGPTForCausalLM(NanoGPTConfig(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields))
 
 
@@ -38,7 +40,9 @@ def test_accumulation_of_ragged_micro_batches_is_the_whole_batch(micro_batch):
         results.append((loss, [p.grad for p in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-7)
     logits = make()(x).logits
-    torch.testing.assert_close(results[1][0], torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()))
+    torch.testing.assert_close(
+        results[1][0], torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    )
 
 
 def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay():
@@ -54,7 +58,9 @@ def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay():
             for optimizer, group in groups:
                 assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.3}
                 if isinstance(optimizer, Muon):
-                    names = {name for name, p in model.named_parameters() if any(p is q for q in group["params"])}
+                    names = {
+                        name for name, p in model.named_parameters() if any(p is q for q in group["params"])
+                    }
                     assert all(".h." in name for name in names)
 
 
@@ -66,14 +72,18 @@ def test_linear_schedule_warms_up_and_ends_at_zero():
     assert values[99] == pytest.approx(1 / 90)
 
 
-@pytest.mark.parametrize("name", ["cosine", "constant", "constant_with_warmup", "warmup_stable_decay", "polynomial"])
+@pytest.mark.parametrize(
+    "name", ["cosine", "constant", "constant_with_warmup", "warmup_stable_decay", "polynomial"]
+)
 def test_other_schedules_are_functions_of_the_step(name):
     factor = make_schedule(TrainingSettings(max_steps=100, warmup_steps=10, lr_scheduler_type=name))
     assert [factor(50), factor(50)] == [factor(50)] * 2 and 0 < factor(20) <= 1
 
 
 def test_rates_are_set_from_the_peak_each_time():
-    optimizers = make_optimizers(make(), TrainingSettings(optim="muon", learning_rate=1.0, muon_learning_rate=2.0))
+    optimizers = make_optimizers(
+        make(), TrainingSettings(optim="muon", learning_rate=1.0, muon_learning_rate=2.0)
+    )
     for factor in (0.5, 0.25):
         set_learning_rates(optimizers, factor)
         rates = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
