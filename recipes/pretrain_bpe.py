@@ -26,7 +26,7 @@ DEFAULTS = {
         learning_rate=3e-3,
         weight_decay=0.0,
         per_device_train_batch_size=8,
-        max_steps=2000,
+        max_steps=1500,
         eval_steps=250,
         save_steps=1000,
     ),
