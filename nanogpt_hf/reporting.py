@@ -86,7 +86,7 @@ def same_run(settings: TrainingSettings, progress: Progress) -> dict[str, dict]:
     name = f"{Path(settings.output_dir).name}-{progress.run_id}"
     return {
         "trackio": {"name": name, "resume": "allow"},
-        "wandb": {"name": name, "id": progress.run_id, "resume": "allow"},
+        "wandb": {"name": name, "id": progress.run_id, "resume": "allow", "dir": settings.output_dir},
         "tensorboard": {"purge_step": progress.step + 1} if progress.step else {},
     }
 

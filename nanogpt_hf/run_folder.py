@@ -19,7 +19,7 @@ from .settings import TrainingSettings, public_values
 
 # What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
 MADE_BY_A_RUN = (
-    "checkpoints trackers README.md metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
+    "checkpoints trackers wandb README.md metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
     "model.safetensors adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json "
     "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py"
 ).split()
