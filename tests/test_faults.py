@@ -293,6 +293,7 @@ def test_ctrl_c_before_the_first_step(corpus, tmp_path):
 
 
 def interrupt_soon() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 0.02)
 
