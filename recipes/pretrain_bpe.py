@@ -4,7 +4,7 @@
     accelerate launch recipes/pretrain_bpe.py --tokenizer tokenizers/tiny_shakespeare-bpe-4096
     accelerate launch recipes/pretrain_bpe.py --corpus tiny_pushkin --vocab_size 4096
     accelerate launch recipes/pretrain_bpe.py --tokenizer openai-community/gpt2 # GPT-2's 50,257 tokens, from the Hub
-    accelerate launch recipes/pretrain_bpe.py --preset cpu --max_steps 300      # half a minute on a laptop
+    accelerate launch recipes/pretrain_bpe.py --preset cpu --max_steps 300      # a short try
 
 All but the defaults is as in pretrain_char.py. Losses in nats a token compare only within one tokenizer;
 recipes/evaluate.py puts all on one scale, bits per byte.

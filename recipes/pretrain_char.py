@@ -3,7 +3,7 @@
     accelerate launch recipes/pretrain_char.py                                  # Shakespeare, on what is here
     accelerate launch recipes/pretrain_char.py --corpus tiny_pushkin
     accelerate launch recipes/pretrain_char.py --corpus my_text.txt --output_dir runs/mine
-    accelerate launch recipes/pretrain_char.py --preset cpu --max_steps 300     # half a minute on a laptop
+    accelerate launch recipes/pretrain_char.py --preset cpu --max_steps 300     # a short try
 
 Without a GPU it takes the preset `cpu` (0.9M parameters, 3 minutes on 2 cores), with one `baby` (10.7M).
 """
