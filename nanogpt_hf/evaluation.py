@@ -53,11 +53,15 @@ def validation_stream(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, and float32 as in the saved checkpoint: accelerate's autocast, a wrapped forward, is set aside."""
+    """Dropout off, nothing compiled, and float32 as in the saved checkpoint.
+
+    accelerate's autocast, a wrapped forward, is set aside.
+    """
     was_training, autocast = model.training, model.__dict__.pop("forward", None)
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model.train(was_training)
         if autocast is not None:

@@ -67,9 +67,11 @@ class Muon(torch.optim.Optimizer):
                     torch._foreach_lerp(gradients, momenta, group["momentum"])
                 )  # Nesterov's
                 updates = orthogonalize(updates.to(self.dtype)).to(parameters[0].dtype)
+                updates *= group["lr"] * math.sqrt(
+                    max(1, rows / columns)
+                )  # a number, or a tensor in a CUDA graph
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                torch._foreach_add_(parameters, list(updates.unbind()), alpha=-rate)
+                torch._foreach_sub_(parameters, list(updates.unbind()))
         return loss
 
 
@@ -139,7 +141,19 @@ def make_schedule(settings: TrainingSettings) -> Callable[[int], float]:
     return lambda step: factor(step + 1) if step < warmup else factor(step)
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            rate = group["initial_lr"] * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)  # the one that a CUDA graph reads
+            else:
+                group["lr"] = rate
+
+
+def make_capturable(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Keep learning rates on the device, where a CUDA graph of the step reads them."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
