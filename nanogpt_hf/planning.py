@@ -199,7 +199,9 @@ def activation_bytes(config: NanoGPTConfig, compiled: bool = False, tp_size: int
         # c_fc's output and c_proj's input; eagerly, SwiGLU's gate after its silu too
         "mlp": (3 if gated and compiled else 4 if gated else 2) * 2 * inner / tp_size,
     }
-    if config.qk_norm:  # the input of both norms in float32, which compiled code makes anew; their rotated output
+    if (
+        config.qk_norm
+    ):  # the input of both norms in float32, which compiled code makes anew; their rotated output
         kept["qk_norm"] = ((0 if compiled else 2 * 4 * C) + 2 * 2 * C + 2 * 4 * H) / tp_size
     elif config.positions == "rotary":
         kept["rotation"] = 2 * 2 * C / tp_size
@@ -240,12 +242,15 @@ def step_memory(
 
     # bfloat16 copies of the weights: gathered by FSDP2 (its root keeps its own), or cast by autocast.
     if fsdp:
-        gathered = {"bfloat16 weights": 2 * (root + block * (min(2, L) if layout.reshard_after_forward else L))}
+        gathered = {
+            "bfloat16 weights": 2 * (root + block * (min(2, L) if layout.reshard_after_forward else L))
+        }
         recomputing = gathered
     else:
         head = 2 * size.embedding
         gathered = {
-            "bfloat16 weights": head + (0 if layout.gradient_checkpointing else 2 * size.matrices / layout.tp_size)
+            "bfloat16 weights": head
+            + (0 if layout.gradient_checkpointing else 2 * size.matrices / layout.tp_size)
         }
         recomputing = {"bfloat16 weights": 2 * block}
     one_block = sum(activation_bytes(config, compiled, layout.tp_size).values()) * tokens
@@ -253,7 +258,9 @@ def step_memory(
     if layout.cp_size > 1:  # keys and values of the whole sequence, while one block attends
         one_block += 2 * 2 * C / layout.tp_size * batch_size * config.n_positions
     kept = L * (block_inputs if layout.gradient_checkpointing else one_block)
-    ends = (4 * C + 2 * C + (C if config.embd_pdrop else 0)) * tokens  # ln_f's input and output, embd_pdrop's mask
+    ends = (
+        4 * C + 2 * C + (C if config.embd_pdrop else 0)
+    ) * tokens  # ln_f's input and output, embd_pdrop's mask
     hidden = (8 if config.mlp == "swiglu" else 4) * config.inner_size / layout.tp_size
     backward = (3 * C + hidden) * tokens  # gradients inside a block, measured with torch's MemTracker
 
@@ -264,7 +271,10 @@ def step_memory(
     complete = {"gradients": 4 * sharded + unsharded + buckets + 4 * size.embedding / layout.shards}
     begun = {"gradients": (2 * local if fsdp else 4 * local) * earlier + buckets}
     moments = [
-        states | gathered | begun | {"activations": kept + ends, "logits": logits_bytes(config, compiled) * tokens},
+        states
+        | gathered
+        | begun
+        | {"activations": kept + ends, "logits": logits_bytes(config, compiled) * tokens},
         states | recomputing | complete | {"activations": one_block + backward, "logits": 0},
     ]
     if layout.gradient_checkpointing:
@@ -273,3 +283,150 @@ def step_memory(
             states | recomputing | one_gradient | {"activations": kept + one_block + backward, "logits": 0}
         )
     return max(moments, key=lambda terms: sum(terms.values()))
+
+
+def usable_bytes(gpu: GPU) -> float:
+    return gpu.memory_gib * GIB * (1 - RESERVED)
+
+
+# --- a plan ---
+
+
+def usual_layouts(config: NanoGPTConfig, gpus: int) -> list[Layout]:
+    """The layouts worth comparing for so many GPUs, from the simplest; machines hold up to eight."""
+    if gpus == 1:
+        return [Layout(), Layout(gradient_checkpointing=True)]
+    machine = max(n for n in (1, 2, 4, 8) if gpus % n == 0)
+    split = max(n for n in (1, 2, 4, 8) if machine % n == config.n_head % n == config.inner_size % n == 0)
+    layouts = [Layout(dp_replicate_size=gpus), Layout(dp_replicate_size=gpus, gradient_checkpointing=True)]
+    layouts += [Layout(dp_shard_size=gpus), Layout(dp_shard_size=gpus, gradient_checkpointing=True)]
+    more = {"gradient_checkpointing": True}
+    layouts.append(Layout(dp_shard_size=gpus, reshard_after_forward=False, **more))
+    if 1 < machine < gpus:
+        layouts.append(Layout(dp_replicate_size=gpus // machine, dp_shard_size=machine, **more))
+    if split > 1:
+        layouts.append(Layout(dp_shard_size=gpus // split, tp_size=split, **more))
+    if machine > 1 and config.n_positions % (2 * machine) == 0:
+        layouts.append(Layout(dp_shard_size=gpus // machine, cp_size=machine, **more))
+    return layouts
+
+
+def fill_layout(gpus: int, dp_shard_size: int | None = None, **fields) -> Layout:
+    """A layout of so many GPUs; those that the given sizes leave share one copy by FSDP2.
+
+    Raises:
+        ValueError: the sizes do not divide the GPUs.
+    """
+    if dp_shard_size is not None:
+        return Layout(dp_shard_size=dp_shard_size, **fields)
+    others = Layout(**fields).gpus
+    if others < 1 or gpus % others:
+        named = " x ".join(f"{name} {value}" for name, value in fields.items() if name.endswith("_size"))
+        raise ValueError(f"--gpus is {gpus:,}, which {named} ({others:,}) does not divide.")
+    return Layout(dp_shard_size=gpus // others, **fields)
+
+
+def plan_layout(
+    size: Size, layout: Layout, gpu: GPU, batch_size: int, batch_tokens: int | None, compiled: bool = False
+) -> dict:
+    """Memory of one layout with a micro-batch of batch_size, and the largest micro-batch that fits.
+
+    Args:
+        batch_tokens: tokens that a step should have, on all GPUs; gradients of several micro-batches add up to it.
+    """
+    at_once = size.config.n_positions * layout.data_parallel_size  # tokens of one sequence a device
+
+    def accumulation(batch_size: int) -> int:
+        return max(1, (batch_tokens or 0) // (batch_size * at_once))
+
+    def memory(batch_size: int) -> dict[str, float]:
+        return step_memory(size, layout, batch_size, accumulation(batch_size), compiled)
+
+    def fits(batch_size: int) -> bool:
+        return sum(memory(batch_size).values()) <= usable_bytes(gpu)
+
+    # Powers of two that do not overshoot the step's tokens. One more may need less: it may save an accumulation.
+    most = max(1, (batch_tokens or math.inf) // at_once)
+    terms = memory(batch_size)
+    return {
+        "layout": layout.name,
+        **asdict(layout),
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation(batch_size),
+        "tokens_per_step": batch_size * accumulation(batch_size) * at_once,
+        "memory_bytes": {name: round(value) for name, value in terms.items()},
+        "memory_gib": sum(terms.values()) / GIB,
+        "fits": fits(batch_size),
+        "largest_batch_size": max((2**k for k in range(13) if 2**k <= most and fits(2**k)), default=0),
+    }
+
+
+def plan_budgets(size: Size, gpus: int, gpu: GPU, mfu: float, batch_tokens: int | None) -> list[dict]:
+    """FLOPs, days and steps of training on GPT-3's 300 billion tokens, and on Chinchilla's 20 a parameter."""
+    budgets = {"GPT-3": GPT3_TOKENS, "Chinchilla": CHINCHILLA_TOKENS * size.parameters}
+    rows = []
+    for name, tokens in budgets.items():
+        flops = training_flops(size, tokens)
+        days = training_days(flops, gpus, gpu, mfu)
+        row = {
+            "tokens_by": name,
+            "tokens": tokens,
+            **{f"{part}_flops": value for part, value in flops.items()},
+        }
+        row |= {"flops": sum(flops.values()), "days": days, "gpu_hours": days * 24 * gpus}
+        rows.append(row | ({"steps": math.ceil(tokens / batch_tokens)} if batch_tokens else {}))
+    return rows
+
+
+def draw_memory(path: Path, title: str, rows: Sequence[Mapping], gpu: GPU) -> None:
+    """A picture: memory a GPU of every layout, by what it is for, against what the GPU has."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    terms = list(rows[0]["memory_bytes"])
+    colours = dict(
+        zip(terms, ("#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#228833", "#aa3377"), strict=True)
+    )
+    figure = Figure(figsize=(9.5, 1.9 + 0.42 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    # What does not fit by far would press all that fits against the axis: its bar is cut, its number is not.
+    edge = 1.6 * gpu.memory_gib
+    if all(row["memory_gib"] < 0.3 * gpu.memory_gib for row in rows):
+        edge = gpu.memory_gib * 1.15
+    for place, row in enumerate(rows):
+        left = 0.0
+        for term in terms:
+            value = row["memory_bytes"][term] / GIB
+            shown = max(0, min(value, edge - left))
+            axes.barh(place, shown, left=left, color=colours[term], height=0.66)
+            left += shown
+        cut = row["memory_gib"] > edge
+        label = f"{row['memory_gib']:,.3g}" if row["memory_gib"] < 1000 else f"{row['memory_gib']:,.0f}"
+        axes.text(
+            left + 0.01 * edge,
+            place,
+            f"{label} GiB" + ("  → off the scale" if cut else "" if row["fits"] else "  does not fit"),
+            va="center",
+            fontsize=9,
+            color="black" if row["fits"] else "#bb2222",
+        )
+    axes.axvline(gpu.memory_gib, color="black", lw=1)
+    axes.axvspan(usable_bytes(gpu) / GIB, gpu.memory_gib, color="black", alpha=0.12, lw=0)
+    axes.text(
+        gpu.memory_gib,
+        -0.75,
+        f"{gpu.memory_gib:g} GiB, reserve in grey",
+        ha="center",
+        va="bottom",
+        fontsize=8,
+    )
+    axes.set(
+        xlim=(0, edge * 1.22), ylim=(len(rows) - 0.5, -0.6), xlabel="GiB a GPU at the worst moment of a step"
+    )
+    axes.set_yticks(range(len(rows)), [row["layout"] for row in rows])
+    axes.set_title(title, loc="left", pad=20)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [axes.barh(0, 0, color=colours[term], label=term) for term in terms]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(terms), frameon=False, fontsize=8.5)
+    figure.savefig(path, dpi=130)
