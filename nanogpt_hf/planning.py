@@ -391,9 +391,7 @@ def draw_memory(path: Path, title: str, rows: Sequence[Mapping], gpu: GPU) -> No
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     # What does not fit by far would press all that fits against the axis: its bar is cut, its number is not.
-    edge = 1.6 * gpu.memory_gib
-    if all(row["memory_gib"] < 0.3 * gpu.memory_gib for row in rows):
-        edge = gpu.memory_gib * 1.15
+    edge = min(1.5 * gpu.memory_gib, max(1.02 * gpu.memory_gib, *(row["memory_gib"] for row in rows)))
     for place, row in enumerate(rows):
         left = 0.0
         for term in terms:
@@ -402,31 +400,24 @@ def draw_memory(path: Path, title: str, rows: Sequence[Mapping], gpu: GPU) -> No
             axes.barh(place, shown, left=left, color=colours[term], height=0.66)
             left += shown
         cut = row["memory_gib"] > edge
-        label = f"{row['memory_gib']:,.3g}" if row["memory_gib"] < 1000 else f"{row['memory_gib']:,.0f}"
         axes.text(
             left + 0.01 * edge,
             place,
-            f"{label} GiB" + ("  → off the scale" if cut else "" if row["fits"] else "  does not fit"),
+            f"{row['memory_gib']:,.{1 if row['memory_gib'] < 100 else 0}f} GiB"
+            + (", off the scale" if cut else "" if row["fits"] else ", does not fit"),
             va="center",
             fontsize=9,
             color="black" if row["fits"] else "#bb2222",
         )
     axes.axvline(gpu.memory_gib, color="black", lw=1)
     axes.axvspan(usable_bytes(gpu) / GIB, gpu.memory_gib, color="black", alpha=0.12, lw=0)
-    axes.text(
-        gpu.memory_gib,
-        -0.75,
-        f"{gpu.memory_gib:g} GiB, reserve in grey",
-        ha="center",
-        va="bottom",
-        fontsize=8,
-    )
-    axes.set(
-        xlim=(0, edge * 1.22), ylim=(len(rows) - 0.5, -0.6), xlabel="GiB a GPU at the worst moment of a step"
-    )
+    memory = f"{gpu.memory_gib:g} GiB; grey: for CUDA, NCCL and fragments"
+    axes.text(gpu.memory_gib, -0.7, memory, ha="right", va="bottom", fontsize=8)
+    axes.set(xlim=(0, edge * 1.25), ylim=(len(rows) - 0.5, -0.6))
+    axes.set_xlabel("GiB a GPU at the worst moment of a step")
     axes.set_yticks(range(len(rows)), [row["layout"] for row in rows])
-    axes.set_title(title, loc="left", pad=20)
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [axes.barh(0, 0, color=colours[term], label=term) for term in terms]
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    handles = [axes.barh(0, 0, color=colour, label=term) for term, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(terms), frameon=False, fontsize=8.5)
     figure.savefig(path, dpi=130)

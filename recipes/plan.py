@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             with files_written_whole(Path(settings.output_dir)) as staging:
                 (staging / "plan.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-                draw_memory(staging / "memory.png", f"{title}, {batch_words}", rows, gpu)
+                draw_memory(staging / "memory.png", f"{title}\n{batch_words}", rows, gpu)
         except OSError as error:
             raise ValueError(
                 f"--output_dir {settings.output_dir} cannot be written ({error.strerror})."
