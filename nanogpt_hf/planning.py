@@ -115,6 +115,9 @@ def training_days(flops: Mapping[str, float], gpus: int, gpu: GPU, mfu: float) -
 # --- memory ---
 
 
+LAYOUT_SIZES = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size")
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the GPUs share the work, named as accelerate's ParallelismConfig and FSDP plugin name it.
@@ -135,6 +138,11 @@ class Layout:
     cp_size: int = 1
     gradient_checkpointing: bool = False
     reshard_after_forward: bool = True
+
+    def __post_init__(self):
+        for name in LAYOUT_SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
 
     @property
     def gpus(self) -> int:
@@ -164,12 +172,8 @@ class Layout:
 
 def check_layout(layout: Layout, config: NanoGPTConfig, gpus: int) -> None:
     """Raises ValueError where accelerate, the model or the number of GPUs cannot have this layout."""
-    sizes = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size")
-    for name in sizes:
-        if getattr(layout, name) < 1:
-            raise ValueError(f"--{name} is {getattr(layout, name)}, it must be at least 1.")
     if layout.gpus != gpus:
-        product = " x ".join(f"{name} {getattr(layout, name)}" for name in sizes)
+        product = " x ".join(f"{name} {getattr(layout, name)}" for name in LAYOUT_SIZES)
         raise ValueError(f"--gpus is {gpus:,}, but {product} is {layout.gpus:,}: they must be equal.")
     for width, value in (("n_head", config.n_head), ("the MLP's width", config.inner_size)):
         if value % layout.tp_size:
@@ -240,48 +244,38 @@ def step_memory(
     sharded = local / layout.shards
     states = {"weights": 4 * sharded, "AdamW's moments": 8 * sharded}
 
-    # bfloat16 copies of the weights: gathered by FSDP2 (its root keeps its own), or cast by autocast.
+    # bfloat16 copies of the weights: gathered by FSDP2, of which the root keeps its own, or cast by autocast.
     if fsdp:
-        gathered = {
-            "bfloat16 weights": 2 * (root + block * (min(2, L) if layout.reshard_after_forward else L))
-        }
+        gathered = 2 * (root + block * (min(2, L) if layout.reshard_after_forward else L))
         recomputing = gathered
     else:
-        head = 2 * size.embedding
-        gathered = {
-            "bfloat16 weights": head
-            + (0 if layout.gradient_checkpointing else 2 * size.matrices / layout.tp_size)
-        }
-        recomputing = {"bfloat16 weights": 2 * block}
-    one_block = sum(activation_bytes(config, compiled, layout.tp_size).values()) * tokens
-    block_inputs = (2 if fsdp else 4) * C * tokens
-    if layout.cp_size > 1:  # keys and values of the whole sequence, while one block attends
-        one_block += 2 * 2 * C / layout.tp_size * batch_size * config.n_positions
-    kept = L * (block_inputs if layout.gradient_checkpointing else one_block)
-    ends = (
-        4 * C + 2 * C + (C if config.embd_pdrop else 0)
-    ) * tokens  # ln_f's input and output, embd_pdrop's mask
-    hidden = (8 if config.mlp == "swiglu" else 4) * config.inner_size / layout.tp_size
-    backward = (3 * C + hidden) * tokens  # gradients inside a block, measured with torch's MemTracker
+        blocks = 0 if layout.gradient_checkpointing else 2 * size.matrices / layout.tp_size
+        gathered, recomputing = 2 * size.embedding + blocks, 2 * block
 
-    # Gradients: float32 beside the weights; FSDP2 reduces them in bfloat16, and accumulates them unsharded.
+    # Activations; under FSDP2 the residual stream is bfloat16 between the blocks.
+    one_block = sum(activation_bytes(config, compiled, layout.tp_size).values()) * tokens
+    kept = L * ((2 if fsdp else 4) * C * tokens if layout.gradient_checkpointing else one_block)
+    kept += (6 * C + (C if config.embd_pdrop else 0)) * tokens  # ln_f's input and output; embd_pdrop's mask
+    if layout.cp_size > 1:  # keys and values of the whole sequence, while a block attends
+        kept += 2 * 2 * C / layout.tp_size * batch_size * config.n_positions
+    hidden = (8 if config.mlp == "swiglu" else 4) * config.inner_size / layout.tp_size
+    in_block = one_block + (3 * C + hidden) * tokens  # its gradients, as torch's MemTracker finds them
+    logits = logits_bytes(config, compiled) * tokens
+
+    # Gradients: float32 beside the weights, the tied embedding's in two parts; DDP has buckets of the same size.
+    # FSDP2 reduces them in bfloat16, and those that are accumulated stay whole on every GPU.
     earlier = accumulation > 1
     buckets = 4 * local if layout.dp_replicate_size > 1 and not fsdp else 0
-    unsharded = 2 * (local * earlier + 2 * block) if fsdp else 0
-    complete = {"gradients": 4 * sharded + unsharded + buckets + 4 * size.embedding / layout.shards}
-    begun = {"gradients": (2 * local if fsdp else 4 * local) * earlier + buckets}
-    moments = [
-        states
-        | gathered
-        | begun
-        | {"activations": kept + ends, "logits": logits_bytes(config, compiled) * tokens},
-        states | recomputing | complete | {"activations": one_block + backward, "logits": 0},
-    ]
+    begun = (2 * local if fsdp else 4 * local) * earlier + buckets
+    tied = 4 * size.embedding / layout.shards
+    complete = 4 * sharded + tied + buckets + (2 * (local * earlier + 2 * block) if fsdp else 0)
+    moments = [(gathered, begun, kept, logits), (recomputing, complete, in_block, 0)]
     if layout.gradient_checkpointing:
-        one_gradient = {"gradients": begun["gradients"] + 4 * size.embedding / layout.shards}
-        moments.append(
-            states | recomputing | one_gradient | {"activations": kept + one_block + backward, "logits": 0}
-        )
+        moments.append((recomputing, begun + tied, kept + in_block, 0))
+    moments = [
+        states | dict(zip(("bfloat16 weights", "gradients", "activations", "logits"), moment, strict=True))
+        for moment in moments
+    ]
     return max(moments, key=lambda terms: sum(terms.values()))
 
 
@@ -298,9 +292,9 @@ def usual_layouts(config: NanoGPTConfig, gpus: int) -> list[Layout]:
         return [Layout(), Layout(gradient_checkpointing=True)]
     machine = max(n for n in (1, 2, 4, 8) if gpus % n == 0)
     split = max(n for n in (1, 2, 4, 8) if machine % n == config.n_head % n == config.inner_size % n == 0)
-    layouts = [Layout(dp_replicate_size=gpus), Layout(dp_replicate_size=gpus, gradient_checkpointing=True)]
-    layouts += [Layout(dp_shard_size=gpus), Layout(dp_shard_size=gpus, gradient_checkpointing=True)]
     more = {"gradient_checkpointing": True}
+    layouts = [Layout(dp_replicate_size=gpus), Layout(dp_replicate_size=gpus, **more)]
+    layouts += [Layout(dp_shard_size=gpus), Layout(dp_shard_size=gpus, **more)]
     layouts.append(Layout(dp_shard_size=gpus, reshard_after_forward=False, **more))
     if 1 < machine < gpus:
         layouts.append(Layout(dp_replicate_size=gpus // machine, dp_shard_size=machine, **more))
@@ -320,7 +314,7 @@ def fill_layout(gpus: int, dp_shard_size: int | None = None, **fields) -> Layout
     if dp_shard_size is not None:
         return Layout(dp_shard_size=dp_shard_size, **fields)
     others = Layout(**fields).gpus
-    if others < 1 or gpus % others:
+    if gpus % others:
         named = " x ".join(f"{name} {value}" for name, value in fields.items() if name.endswith("_size"))
         raise ValueError(f"--gpus is {gpus:,}, which {named} ({others:,}) does not divide.")
     return Layout(dp_shard_size=gpus // others, **fields)

@@ -20,6 +20,7 @@ from nanogpt_hf.checkpoints import files_written_whole
 from nanogpt_hf.comparison import table
 from nanogpt_hf.model import find_preset
 from nanogpt_hf.planning import (
+    LAYOUT_SIZES,
     RESERVED,
     check_layout,
     draw_memory,
@@ -32,7 +33,6 @@ from nanogpt_hf.planning import (
 )
 from nanogpt_hf.settings import parse, run_recipe, setting
 
-SIZES = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size")
 BUDGET_COLUMNS = {
     "tokens_by": ("tokens by", "{}"),
     "tokens": ("tokens", "{:.3g}"),
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fields = {name: value for name in ("vocab_size", "n_positions") if (value := getattr(settings, name))}
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
     config = preset_config(settings.preset, architecture=settings.architecture, **fields, **dropouts)
-    sizes = {name: getattr(settings, name) for name in SIZES if getattr(settings, name) is not None}
+    sizes = {name: getattr(settings, name) for name in LAYOUT_SIZES if getattr(settings, name) is not None}
     if sizes or settings.gradient_checkpointing or not settings.reshard_after_forward:
         extra = {
             name: getattr(settings, name) for name in ("gradient_checkpointing", "reshard_after_forward")

@@ -201,12 +201,12 @@ def test_sharing_takes_memory_away_and_work_adds_it(
 
 
 def test_shards_of_the_states_add_up():
-    for layout in usual_layouts(preset_config("gpt3-13b"), 64):
-        terms = step_memory(measure_size(preset_config("gpt3-13b")), layout, 1)
-        copies = layout.shards * layout.tp_size
-        states = (terms["weights"] + terms["AdamW's moments"]) * copies
+    size = measure_size(preset_config("gpt3-13b"))
+    for layout in usual_layouts(size.config, 64):
+        terms = step_memory(size, layout, 1)
+        states = (terms["weights"] + terms["AdamW's moments"]) * layout.shards * layout.tp_size
         assert states == pytest.approx(12 * 12_853e6, rel=0.15 if layout.tp_size > 1 else 1e-3)
-        check_layout(layout, preset_config("gpt3-13b"), 64)
+        check_layout(layout, size.config, 64)
 
 
 def test_what_checkpointing_tensor_and_context_parallelism_save():
@@ -216,10 +216,9 @@ def test_what_checkpointing_tensor_and_context_parallelism_save():
         return step_memory(size, Layout(dp_shard_size=8, **fields), 4)["activations"]
 
     assert activations(gradient_checkpointing=True) < 0.2 * activations()
-    assert (
-        1 / 8 < activations(tp_size=8) / activations() < 0.5
-    )  # what is between the projections, not the residual
-    assert activations(cp_size=4) == pytest.approx(activations() / 4, rel=0.02)
+    # What lies between the projections is split, the residual stream is not.
+    assert 1 / 8 < activations(tp_size=8) / activations() < 0.5
+    assert activations(cp_size=4) == pytest.approx(activations() / 4, rel=0.05)
 
 
 def test_the_largest_micro_batch_fits_and_its_double_does_not():
