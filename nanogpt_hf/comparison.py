@@ -140,17 +140,21 @@ def measure_samples(texts: Sequence[str], corpus: Corpus) -> dict[str, int | flo
     return copied | varied
 
 
-def table(rows: Sequence[Mapping]) -> str:
-    """The rows in Markdown, with the columns that any of them has, padded to be read as it is."""
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    cells = [[COLUMNS[key][0] for key in keys]]
+def table(rows: Sequence[Mapping], columns: Mapping[str, tuple[str, str]] = COLUMNS) -> str:
+    """The rows in Markdown, with the columns that any of them has, padded to be read as it is.
+
+    Args:
+        columns: key of a row -> heading and format. The first is aligned to the left.
+    """
+    keys = [key for key in columns if any(key in row for row in rows)]
+    cells = [[columns[key][0] for key in keys]]
     for row in rows:
-        cells.append([COLUMNS[key][1].format(row[key]) if key in row else "" for key in keys])
+        cells.append([columns[key][1].format(row[key]) if key in row else "" for key in keys])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
         [
-            cell.ljust(width) if key == "model" else cell.rjust(width)
+            cell.ljust(width) if key == keys[0] else cell.rjust(width)
             for key, cell, width in zip(keys, line, widths, strict=True)
         ]
         for line in (cells[0], rule, *cells[1:])

@@ -1,10 +1,12 @@
 from .configuration_nanogpt import ARCHITECTURES, NanoGPTConfig
 from .modeling_nanogpt import NanoGPTForCausalLM, NanoGPTModel, NanoGPTPreTrainedModel
-from .presets import PRESETS, preset_config
+from .presets import PRESETS, Preset, find_preset, preset_config
 
 __all__ = [
     "ARCHITECTURES",
     "PRESETS",
+    "Preset",
+    "find_preset",
     "NanoGPTConfig",
     "NanoGPTForCausalLM",
     "NanoGPTModel",

@@ -1,0 +1,151 @@
+"""Plan a training run that nobody has started: parameters, FLOPs, days, and memory a GPU by parallelism.
+
+    python recipes/plan.py --preset gpt2 --gpus 1 --gpu rtx4090 --per_device_train_batch_size 8
+    python recipes/plan.py --preset gpt3-175b --gpus 1024 --gpu h100 --output_dir runs/plan-175b
+    python recipes/plan.py --preset gpt3-13b --gpus 64 --gpu a100 --tp_size 8 --gradient_checkpointing
+    python recipes/plan.py --preset gpt2-xl --gpus 2 --gpu mine --gpu_memory_gib 32 --gpu_tflops 200
+
+It needs no GPU. Without sizes of its own (--dp_replicate_size, --dp_shard_size, --tp_size, --cp_size, as accelerate's
+ParallelismConfig names them) it compares the usual layouts. --output_dir gets plan.json and memory.png.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanogpt_hf import preset_config
+from nanogpt_hf.checkpoints import files_written_whole
+from nanogpt_hf.comparison import table
+from nanogpt_hf.model import find_preset
+from nanogpt_hf.planning import (
+    LAYOUT_SIZES,
+    RESERVED,
+    check_layout,
+    draw_memory,
+    fill_layout,
+    find_gpu,
+    measure_size,
+    plan_budgets,
+    plan_layout,
+    usual_layouts,
+)
+from nanogpt_hf.settings import parse, run_recipe, setting
+
+BUDGET_COLUMNS = {
+    "tokens_by": ("tokens by", "{}"),
+    "tokens": ("tokens", "{:.3g}"),
+    "steps": ("steps", "{:,}"),
+    "matmul_flops": ("6ND FLOPs", "{:.3g}"),
+    "attention_flops": ("attention FLOPs", "{:.3g}"),
+    "days": ("days", "{:,.3g}"),
+    "gpu_hours": ("GPU hours", "{:,.0f}"),
+}
+LAYOUT_COLUMNS = {
+    "layout": ("layout", "{}"),
+    "gradient_accumulation_steps": ("micro-batches a step", "{:,}"),
+    "tokens_per_step": ("tokens a step", "{:,}"),
+    "memory_gib": ("GiB a GPU", "{:,.1f}"),
+    "verdict": ("fits", "{}"),
+    "largest_batch_size": ("largest micro-batch that fits", "{:,}"),
+}
+
+
+@dataclass
+class PlanSettings:
+    preset: str = setting("gpt2", "named size: cpu, baby, gpt2 … gpt2-xl, gpt3-small … gpt3-175b")
+    architecture: Literal["gpt2", "modern"] = setting("gpt2", "gpt2: GPT-2's block; modern: Qwen3's")
+    vocab_size: int | None = setting(None, "tokens of the vocabulary; default: the preset's")
+    n_positions: int | None = setting(None, "context length, in tokens; default: the preset's")
+    dropout: float = setting(0.0, "its masks take memory")
+    gpus: int = setting(1, "GPUs in all")
+    gpu: str = setting(
+        "h100", "b200, h200, h100, a100, a100-40gb, l40s, l4, rtx4090, rtx3090, or any other name"
+    )
+    gpu_memory_gib: float | None = setting(None, "memory of a GPU, instead of the table's")
+    gpu_tflops: float | None = setting(None, "its dense bfloat16 TFLOP/s, instead of the table's")
+    mfu: float = setting(0.4, "share of those TFLOP/s that the model's FLOPs will get")
+    batch_tokens: int | None = setting(
+        None, "tokens a step on all GPUs; default: those published for the preset"
+    )
+    per_device_train_batch_size: int = setting(1, "sequences a device and micro-batch")
+    dp_replicate_size: int | None = setting(None, "copies that see different data; alone: DDP")
+    dp_shard_size: int | None = setting(
+        None, "GPUs that share one copy (FSDP2); default: those that are left"
+    )
+    tp_size: int | None = setting(None, "GPUs that split every matrix of a block")
+    cp_size: int | None = setting(None, "GPUs that split the sequence")
+    gradient_checkpointing: bool = setting(False, "keep the blocks' inputs alone, in the layout asked for")
+    reshard_after_forward: bool = setting(True, "FSDP2 gives gathered weights back, in the layout asked for")
+    torch_compile: bool = setting(False, "count activations as compiled code keeps them")
+    output_dir: str | None = setting(None, "folder for plan.json and memory.png")
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_positions", "gpus", "batch_tokens", "per_device_train_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
+        for name in ("gpu_memory_gib", "gpu_tflops"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e9:
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"--mfu is {self.mfu}, it must be more than 0 and at most 1.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(PlanSettings, __doc__, argv)
+    preset, gpu = (
+        find_preset(settings.preset),
+        find_gpu(settings.gpu, settings.gpu_memory_gib, settings.gpu_tflops),
+    )
+    fields = {name: value for name in ("vocab_size", "n_positions") if (value := getattr(settings, name))}
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
+    config = preset_config(settings.preset, architecture=settings.architecture, **fields, **dropouts)
+    sizes = {name: getattr(settings, name) for name in LAYOUT_SIZES if getattr(settings, name) is not None}
+    if sizes or settings.gradient_checkpointing or not settings.reshard_after_forward:
+        extra = {
+            name: getattr(settings, name) for name in ("gradient_checkpointing", "reshard_after_forward")
+        }
+        layouts = [fill_layout(settings.gpus, **sizes, **extra)]
+        check_layout(layouts[0], config, settings.gpus)
+    else:
+        layouts = usual_layouts(config, settings.gpus)
+    size = measure_size(config)
+    batch_tokens = settings.batch_tokens or preset.batch_tokens
+    batch = (settings.per_device_train_batch_size, batch_tokens, settings.torch_compile)
+    rows = [plan_layout(size, layout, gpu, *batch) for layout in layouts]
+    budgets = plan_budgets(size, settings.gpus, gpu, settings.mfu, batch_tokens)
+    title = f"{settings.preset} ({settings.architecture}, {size.parameters:,} parameters) on {settings.gpus:,} {settings.gpu}"
+    batch_words = f"micro-batches of {settings.per_device_train_batch_size} x {config.n_positions:,} tokens"
+    print(f"{title}\n{config.n_layer} layers, {config.n_head} heads, width {config.n_embd:,}; {batch_words}")
+    if preset.learning_rate:
+        print(f"published: {preset.batch_tokens:,} tokens a step, learning rate {preset.learning_rate:g}")
+    print(
+        f"\nAt {settings.mfu:.0%} of {gpu.bf16_tflops:g} TFLOP/s a GPU:\n\n{table(budgets, BUDGET_COLUMNS)}"
+    )
+    verdicts = [row | {"verdict": "yes" if row["fits"] else "no"} for row in rows]
+    print(
+        f"Memory, {RESERVED:.0%} of {gpu.memory_gib:g} GiB kept back:\n\n{table(verdicts, LAYOUT_COLUMNS)}",
+        end="",
+    )
+    if settings.output_dir:
+        plan = {
+            "preset": settings.preset,
+            "architecture": settings.architecture,
+            "parameters": size.parameters,
+        }
+        plan |= {"gpus": settings.gpus, "gpu": {"name": settings.gpu} | asdict(gpu), "mfu": settings.mfu}
+        plan |= {"budgets": budgets, "layouts": rows}
+        try:
+            with files_written_whole(Path(settings.output_dir)) as staging:
+                (staging / "plan.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+                draw_memory(staging / "memory.png", f"{title}\n{batch_words}", rows, gpu)
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {settings.output_dir} cannot be written ({error.strerror})."
+            ) from error
+        print(f"\nwritten to {settings.output_dir}: plan.json, memory.png")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

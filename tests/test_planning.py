@@ -1,0 +1,283 @@
+"""The planner against what was published, against what a step on the CPU really holds, and its command line."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from nanogpt_hf import NanoGPTForCausalLM, preset_config
+from nanogpt_hf.model import PRESETS, find_preset
+from nanogpt_hf.optimization import make_optimizers
+from nanogpt_hf.planning import (
+    GPUS,
+    Layout,
+    activation_bytes,
+    check_layout,
+    measure_size,
+    plan_budgets,
+    plan_layout,
+    step_memory,
+    training_days,
+    training_flops,
+    usual_layouts,
+)
+from nanogpt_hf.settings import TrainingSettings
+from nanogpt_hf.training import accumulate_gradients
+
+ROOT = Path(__file__).parents[1]
+NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+# Brown et al. 2020, table D.1: millions of parameters, FLOPs of training on 300 billion tokens.
+TABLE_D1 = {
+    "gpt3-small": (125, 2.25e20),
+    "gpt3-medium": (356, 6.41e20),
+    "gpt3-large": (760, 1.37e21),
+    "gpt3-xl": (1320, 2.38e21),
+    "gpt3-2.7b": (2650, 4.77e21),
+    "gpt3-6.7b": (6660, 1.20e22),
+    "gpt3-13b": (12850, 2.31e22),
+    "gpt3-175b": (174600, 3.14e23),
+}
+
+
+def small_config(architecture="gpt2", **fields):
+    sizes = dict(n_layer=3, n_embd=64, n_head=4, n_positions=64, vocab_size=512)
+    return preset_config("cpu", architecture=architecture, **NO_DROPOUT, **sizes | fields)
+
+
+# --- published sizes and runs ---
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.parameters])
+def test_every_preset_has_the_size_that_it_is_known_by(name):
+    known = find_preset(name).parameters
+    count = measure_size(preset_config(name)).parameters
+    assert count == pytest.approx(float(known[:-1]) * {"M": 1e6, "B": 1e9}[known[-1]], rel=0.02)
+    if name in TABLE_D1:
+        assert count == pytest.approx(TABLE_D1[name][0] * 1e6, rel=0.005)
+
+
+@pytest.mark.parametrize("name", TABLE_D1)
+def test_flops_of_gpt3(name):
+    size = measure_size(preset_config(name))
+    (by_gpt3, by_chinchilla) = plan_budgets(size, 1, GPUS["a100"], 0.5, find_preset(name).batch_tokens)
+    assert by_gpt3["matmul_flops"] == pytest.approx(TABLE_D1[name][1], rel=0.01)
+    assert by_chinchilla["tokens"] == 20 * size.parameters
+
+
+def test_batches_of_presets_are_whole_sequences():
+    for preset in PRESETS.values():
+        if preset.batch_tokens:
+            assert preset.batch_tokens % preset.n_positions == 0 and 1e-5 < preset.learning_rate < 1e-3
+
+
+def test_days_of_a_published_run():
+    """Narayanan et al. 2021, section 5: GPT-3 on 1,024 A100 at 140 TFLOP/s, a quarter of it recomputation: 34 days."""
+    flops = training_flops(measure_size(preset_config("gpt3-175b")), 300e9)
+    assert training_days(flops, 1024, GPUS["a100"], 0.75 * 140 / 312) == pytest.approx(34, rel=0.03)
+
+
+# --- memory that a step on the CPU holds ---
+
+
+def kept_by_forward(config, batch_size: int) -> int:
+    """Bytes of all that autograd keeps under autocast, parameters left out."""
+    model = NanoGPTForCausalLM(config).train()
+    x = torch.randint(config.vocab_size, (batch_size, config.n_positions))
+    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # a tensor that is held is not allocated over
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=x, shift_labels=x, use_cache=False).loss
+    assert loss.isfinite()
+    return sum(count for pointer, (count, _) in kept.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("fields, batch_size", [({}, 2), ({"n_embd": 96, "n_head": 3, "n_positions": 48}, 5)])
+def test_a_block_keeps_what_is_planned_to_the_byte(architecture, fields, batch_size):
+    less, more = (small_config(architecture, n_layer=n, **fields) for n in (2, 3))
+    kept = kept_by_forward(more, batch_size) - kept_by_forward(less, batch_size)
+    per_token = sum(activation_bytes(more).values())
+    if (
+        architecture == "modern"
+    ):  # on CPUs rms_norm is several operations, and keeps what it has normalised too
+        per_token += 4 * 4 * more.n_embd
+    weights = 2 * measure_size(more).matrices / more.n_layer
+    assert kept == per_token * batch_size * more.n_positions + weights
+
+
+def peak_of_a_step(config, batch_size: int, micro_batches: int, checkpointing: bool) -> int:
+    """Bytes at the peak of the loop's second step, as torch's MemTracker sees them."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = NanoGPTForCausalLM(config).train()
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    x = torch.randint(config.vocab_size, (batch_size, config.n_positions))
+    model, *optimizers = accelerator.prepare(model, *make_optimizers(model, TrainingSettings()))
+    optimizers = [optimizer.optimizer for optimizer in optimizers]
+
+    def step(batches):
+        accumulate_gradients(accelerator, model, batches)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+
+    step([(x, x)])
+    if micro_batches > 1:
+        accumulate_gradients(accelerator, model, [(x, x)] * (micro_batches - 1))
+    tracker = MemTracker()
+    tracker.track_external(model, *optimizers)
+    with tracker:  # the last micro-batch alone: a tracker follows one forward pass
+        step([(x, x)])
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.fixture
+def own_accelerate_state():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+SMALL_VOCABULARY = dict(n_embd=128, vocab_size=64)
+
+
+@pytest.mark.parametrize(
+    "fields, batch_size, micro_batches, checkpointing",
+    [
+        ({"vocab_size": 4096}, 4, 1, False),  # the logits are the most
+        (SMALL_VOCABULARY, 4, 2, False),  # the activations, beside gradients of an earlier micro-batch
+        (SMALL_VOCABULARY, 8, 1, True),  # a recomputed block
+        (SMALL_VOCABULARY, 1, 1, True),  # the gradients
+    ],
+)
+def test_the_peak_of_a_step_is_what_is_planned(
+    fields, batch_size, micro_batches, checkpointing, own_accelerate_state
+):
+    config = small_config(**fields)
+    peak = peak_of_a_step(config, batch_size, micro_batches, checkpointing)
+    layout = Layout(gradient_checkpointing=checkpointing)
+    planned = sum(step_memory(measure_size(config), layout, batch_size, micro_batches).values())
+    assert planned == pytest.approx(peak, rel=0.1)
+
+
+# --- layouts ---
+
+XL = measure_size(preset_config("gpt2-xl", **NO_DROPOUT))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shards=st.sampled_from([1, 2, 4, 64]),
+    replicas=st.sampled_from([1, 3]),
+    batch_size=st.integers(1, 32),
+    accumulation=st.integers(1, 4),
+    checkpointing=st.booleans(),
+    compiled=st.booleans(),
+)
+def test_sharing_takes_memory_away_and_work_adds_it(
+    shards, replicas, batch_size, accumulation, checkpointing, compiled
+):
+    def total(shards, batch_size):
+        layout = Layout(replicas, shards, gradient_checkpointing=checkpointing)
+        return sum(step_memory(XL, layout, batch_size, accumulation, compiled).values())
+
+    assert total(shards, batch_size) < total(shards, batch_size + 1)
+    if shards > 1:
+        assert total(2 * shards, batch_size) < total(shards, batch_size)
+
+
+def test_shards_of_the_states_add_up():
+    size = measure_size(preset_config("gpt3-13b"))
+    for layout in usual_layouts(size.config, 64):
+        terms = step_memory(size, layout, 1)
+        states = (terms["weights"] + terms["AdamW's moments"]) * layout.shards * layout.tp_size
+        assert states == pytest.approx(12 * 12_853e6, rel=0.15 if layout.tp_size > 1 else 1e-3)
+        check_layout(layout, size.config, 64)
+
+
+def test_what_checkpointing_tensor_and_context_parallelism_save():
+    size = measure_size(preset_config("gpt3-13b", **NO_DROPOUT))
+
+    def activations(**fields):
+        return step_memory(size, Layout(dp_shard_size=8, **fields), 4)["activations"]
+
+    assert activations(gradient_checkpointing=True) < 0.2 * activations()
+    # What lies between the projections is split, the residual stream is not.
+    assert 1 / 8 < activations(tp_size=8) / activations() < 0.5
+    assert activations(cp_size=4) == pytest.approx(activations() / 4, rel=0.05)
+
+
+def test_the_largest_micro_batch_fits_and_its_double_does_not():
+    size, gpu = measure_size(preset_config("gpt2")), GPUS["rtx4090"]
+    largest = plan_layout(size, Layout(), gpu, 1, 2**19)["largest_batch_size"]
+    assert plan_layout(size, Layout(), gpu, largest, 2**19)["fits"]
+    assert not plan_layout(size, Layout(), gpu, 2 * largest, 2**19)["fits"]
+
+
+# --- the recipe ---
+
+
+def run(*words):
+    return runpy.run_path(str(ROOT / "recipes" / "plan.py"))["main"](list(words))
+
+
+def test_the_recipe_shows_and_writes_a_plan(tmp_path, capsys):
+    run("--preset", "gpt3-175b", "--gpus", "1024", "--gpu", "h100", "--output_dir", str(tmp_path))
+    shown = capsys.readouterr().out
+    assert "174,604,259,328 parameters" in shown and "| GPT-3      |    3e+11 |" in shown
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert plan["gpu"] == {"name": "h100", "memory_gib": 80, "bf16_tflops": 989}
+    assert plan["budgets"][0]["matmul_flops"] == pytest.approx(3.14e23, rel=0.002)
+    by_name = {row["layout"]: row for row in plan["layouts"]}
+    assert not by_name["DDP"]["fits"] and by_name["FSDP2, tp 8, checkpointing"]["fits"]
+    assert len(by_name) == len(plan["layouts"]) and all(name in shown for name in by_name)
+    for row in plan["layouts"]:
+        assert sum(row["memory_bytes"].values()) / 2**30 == pytest.approx(row["memory_gib"])
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recipe_plans_the_layout_that_it_is_given(capsys):
+    run("--preset", "gpt3-13b", "--gpus", "64", "--gpu", "a100", "--tp_size", "8", "--dp_replicate_size", "2")
+    assert "FSDP2 2 x 4, tp 8 " in capsys.readouterr().out
+
+
+def test_a_gpu_of_ones_own(capsys):
+    run("--preset", "baby", "--gpu", "mine", "--gpu_memory_gib", "3", "--gpu_tflops", "20")
+    assert "of 3 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--preset gpt3-175", "did you mean 'gpt3-175b'"),
+        ("--gpu h10", "there is no GPU 'h10' here: did you mean 'h100'"),
+        ("--gpu h10 --gpu_memory_gib 80", "or give --gpu_memory_gib and --gpu_tflops"),
+        ("--gpus 0", "--gpus is 0, it must be at least 1"),
+        ("--gpus 12 --tp_size 8", "--gpus is 12, which tp_size 8 .8. does not divide"),
+        ("--gpus 8 --dp_shard_size 3", "dp_shard_size 3 x tp_size 1 x cp_size 1 is 3: they must be equal"),
+        ("--preset gpt2-xl --gpus 8 --tp_size 8", "--tp_size 8 does not divide n_head .25."),
+        ("--gpus 3 --cp_size 3", "--cp_size 3 must divide n_positions .1,024."),
+        ("--gpus 8 --tp_size 2 --dp_replicate_size 4", "no tensor or context parallelism beside DDP"),
+        ("--gpus 8 --tp_size 0", "--tp_size is 0, it must be at least 1"),
+        ("--mfu 40", "--mfu is 40.0, it must be more than 0 and at most 1"),
+        ("--gpu_tflops -1", "--gpu_tflops is -1.0, it must be more than 0"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_write_nothing(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        run(*words.split(), "--output_dir", str(tmp_path / "plan"))
+    assert "\n" not in str(error.value) and not (tmp_path / "plan").exists()
