@@ -3,6 +3,7 @@
 Shapes: B rows, T time (tokens), C channels, H heads, D head size, V vocabulary, L room in the cache.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .model.modeling_nanogpt import NanoGPTBlock, NanoGPTForCausalLM, rotate, rotation_angles
+from .model.modeling_nanogpt import NanoGPTBlock, NanoGPTForCausalLM, RMSNorm, rotation_angles
 
 
 class Sampler:
@@ -79,90 +80,87 @@ class StaticDecoder:
 
     Args:
         rows: B.
-        room: how many tokens the cache holds for each row.
+        room: L, how many tokens the cache holds for each row.
     """
 
     def __init__(self, model: NanoGPTForCausalLM, sampler: Sampler, rows: int, room: int):
         self.model, self.sampler = model, sampler
         config, network = model.config, model.transformer
-        self.blocks = [_Block(block) for block in network.h]
-        self.norm, self.head = _plain(network.ln_f), _plain(model.lm_head)
-        weight = network.wte.weight
-        on_device = {"device": weight.device, "dtype": torch.long}
-        self.cache = weight.new_zeros(
-            config.n_layer, 2, rows, config.n_head, room, config.n_embd // config.n_head
-        )
+        self.wte = network.wte.weight
+        self.blocks = [_Block(block, rows) for block in network.h]
+        self.norm, self.head = _plain(network.ln_f, rows), _plain(model.lm_head, rows)
+        on_device = {"device": self.wte.device, "dtype": torch.long}
+        D = config.n_embd // config.n_head
+        self.keys, self.values = self.wte.new_zeros(2, config.n_layer, rows, config.n_head, room, D)
         self.columns = torch.arange(room, **on_device)
+        self.position = torch.zeros(1, **on_device)  # of the token to be read
+        if config.positions == "rotary":
+            cos, sin = (table[0, 0] for table in rotation_angles(config, self.columns[None]))  # L D
+            self.rotation = cos, torch.cat((-sin[:, : D // 2], sin[:, D // 2 :]), dim=1)
+        else:
+            self.rotation, self.wpe = None, network.wpe.weight
+        self.token = torch.zeros(rows, **on_device)  # what the graph reads and replaces
         self.text = torch.zeros(
             rows, room + 1, **on_device
-        )  # what a graph has written; the prompt is left out
-        self.token = torch.zeros(rows, **on_device)  # the next to be read,
-        self.position = torch.zeros(1, **on_device)  # and its place
-        self.rotation = None
-        if config.positions == "rotary":
-            self.rotation = [table[0, 0] for table in rotation_angles(config, self.columns[None])]  # L D each
+        )  # what it has written, each token at its position
         self.graph = None
 
     def continue_(self, ids: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """As CachedDecoder's; on CUDA the tokens come in blocks, and on the CPU."""
         T = ids.shape[1]
         output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        for ours, theirs in zip(self.cache, output.past_key_values.layers, strict=True):
-            ours[0, :, :, :T], ours[1, :, :, :T] = theirs.keys, theirs.values
-        self.token.copy_(self.sampler(output.logits[:, -1]))
+        for layer, read in enumerate(output.past_key_values.layers):
+            self.keys[layer, :, :, :T], self.values[layer, :, :, :T] = read.keys, read.values
         self.position.fill_(T)
-        if self.token.is_cuda:
-            yield from self._replay(T, count)
+        token = self.sampler(output.logits[:, -1])
+        if token.is_cuda:
+            yield from self._replay(token, T, T + count)
             return
+        yield token
         for length in range(T + 1, T + count):
-            yield self.token.clone()
-            self._step(length)
-        yield self.token.clone()
+            token = self._step(token, length)
+            yield token
 
-    def _step(self, length: int, mask: torch.Tensor | None = None) -> None:
-        """Read self.token as the last of at most `length` tokens, and draw the one that follows it."""
-        network = self.model.transformer
-        x = F.embedding(self.token, network.wte.weight)  # B C
+    def _step(self, token: torch.Tensor, length: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Read one token (B) at self.position, where each row has at most `length`; the token that follows it."""
+        x = self.wte.index_select(0, token)  # B C
         rotation = None
         if self.rotation is None:
-            x = x + network.wpe.weight.index_select(0, self.position)
+            x = x + self.wpe.index_select(0, self.position)
         else:
             rotation = [table.index_select(0, self.position) for table in self.rotation]  # 1 D each
-        for block, cache in zip(self.blocks, self.cache, strict=True):
-            x = block(x, cache, self.position, length, rotation, mask)
-        self.token.copy_(self.sampler(self.head(self.norm(x))))
+        keys, values = self.keys[..., :length, :].unbind(0), self.values[..., :length, :].unbind(0)
+        for block, *cache in zip(self.blocks, keys, values, strict=True):
+            x = block(x, cache, self.position, rotation, mask)
         self.position += 1
+        return self.sampler(self.head(self.norm(x)))
 
     def _step_on_device(self) -> None:
-        """The same step with nothing in it that the host has to know: it looks at the whole cache, and masks."""
-        mask = torch.zeros_like(self.columns, dtype=self.cache.dtype)
+        """The same with nothing that the host must know: it looks at the whole cache, masked."""
+        mask = torch.zeros_like(self.columns, dtype=self.keys.dtype)
         mask = mask.masked_fill(self.columns > self.position, -torch.inf)
-        self._step(len(self.columns), mask[None, None, None])
+        self.token.copy_(self._step(self.token, len(self.columns), mask[None, None, None]))
         self.text.index_copy_(1, self.position, self.token[:, None])
 
-    def _replay(self, T: int, count: int) -> Iterator[torch.Tensor]:
-        self.text[:, T] = self.token
-        ready, end, block = (
-            T + 1,
-            T + count,
-            8,
-        )  # tokens in self.text; where to stop; tokens until the host looks
-        given = T
-        if self.graph is None and ready < end:
+    def _replay(self, token: torch.Tensor, start: int, end: int) -> Iterator[torch.Tensor]:
+        """The tokens at positions start to end, the first of them given; the host looks at ever longer blocks."""
+        self.token.copy_(token)
+        self.text[:, start] = token
+        written, block = start + 1, 8
+        if self.graph is None and written < end:
             self._record()
-            ready += 1
-        while given < end:
-            start = time.perf_counter()
-            block_end = min(given + block, end)
-            for _ in range(block_end - ready):
+            written += 1
+        while start < end:
+            began, stop = time.perf_counter(), min(start + block, end)
+            for _ in range(written, stop):
                 self.graph.replay()
-            yield from self.text[:, given:block_end].cpu().unbind(1)
-            given = ready = block_end
-            if time.perf_counter() - start < 0.1:
+            yield from self.text[:, start:stop].cpu().unbind(1)
+            written = start = stop
+            if time.perf_counter() - began < 0.1:  # seconds; a reader sees no stutter
                 block *= 2
 
     def _record(self) -> None:
-        """One step, which also loads kernels and workspaces; then the graph of it, which computes nothing yet."""
+        """Take one step, which also loads kernels and workspaces, and record the graph of a step."""
         with torch.cuda.device(self.token.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -176,56 +174,84 @@ class StaticDecoder:
 
 
 class _Block:
-    """The functions of a NanoGPTBlock at one token."""
+    """A NanoGPTBlock at one token, over plain functions."""
 
-    def __init__(self, block: NanoGPTBlock):
+    def __init__(self, block: NanoGPTBlock, rows: int):
         attention, mlp = block.attn, block.mlp
         self.heads, self.scaling = (3, -1, attention.head_dim), attention.scaling
-        self.ln_1, self.ln_2 = _plain(block.ln_1), _plain(block.ln_2)
-        self.c_attn, self.c_proj = _plain(attention.c_attn), _plain(attention.c_proj)
-        self.c_fc, self.c_out = _plain(mlp.c_fc), _plain(mlp.c_proj)
-        self.qk_norm = (attention.q_norm, attention.k_norm) if attention.config.qk_norm else None
-        self.activation = None if mlp.gated else mlp.activation
+        self.ln_1, self.ln_2 = _plain(block.ln_1, rows), _plain(block.ln_2, rows)
+        self.c_attn, self.c_proj = _plain(attention.c_attn, rows), _plain(attention.c_proj, rows)
+        self.qk_norm = attention.config.qk_norm
+        if self.qk_norm:
+            self.q_norm, self.k_norm = _plain(attention.q_norm, rows), _plain(attention.k_norm, rows)
+        self.c_fc, self.c_out = _plain(mlp.c_fc, rows), _plain(mlp.c_proj, rows)
+        self.activation = _swiglu if mlp.gated else mlp.activation
 
-    def __call__(self, x, cache, position, length, rotation, mask):
+    def __call__(self, x, cache, position, rotation, mask):
         B, C = x.shape
-        qkv = self.c_attn(self.ln_1(x)).view(B, *self.heads)  # B 3 H D
-        query, key, value = qkv.unbind(1)
-        if self.qk_norm is not None:
-            query, key = self.qk_norm[0](query), self.qk_norm[1](key)
+        keys, values = cache  # B H L D
+        query, key, value = self.c_attn(self.ln_1(x)).view(B, *self.heads).unbind(1)  # B H D
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
-            query, key = rotate(query, *rotation), rotate(key, *rotation)
-        keys, values = cache.unbind(0)
+            query, key = _rotate(query, *rotation), _rotate(key, *rotation)
         keys.index_copy_(2, position, key.unsqueeze(2))
         values.index_copy_(2, position, value.unsqueeze(2))
-        mixed = F.scaled_dot_product_attention(
-            query.unsqueeze(2), keys[:, :, :length], values[:, :, :length], mask, scale=self.scaling
-        )
-        x = x + self.c_proj(mixed.view(B, C))
-        hidden = self.c_fc(self.ln_2(x))
-        if self.activation is None:
-            gate, value = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * value
-        else:
-            hidden = self.activation(hidden)
-        return x + self.c_out(hidden)
+        mixed = F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, mask, scale=self.scaling)
+        x = x + self.c_proj(mixed.reshape(B, C))
+        return x + self.c_out(self.activation(self.c_fc(self.ln_2(x))))
 
 
-def _plain(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A layer as a function of x (B C)."""
-    if type(module) is Conv1D:
-        return partial(torch.addmm, module.bias, mat2=module.weight)
-    if type(module) is nn.Linear:
-        return partial(F.linear, weight=module.weight, bias=module.bias)
+def _rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """modeling_nanogpt.rotate of x (B H D) with the sign in the table."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin).to(x.dtype)
+
+
+def _swiglu(x: torch.Tensor) -> torch.Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, given weight sqrt(C) and floor sqrt(C eps)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x / norm.hypot(floor) * weight).to(x.dtype)
+
+
+def _plain(module: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A layer as a function of x (B C): no hooks, no reshaping. What is not one of the network's own stays itself."""
     if type(module) is nn.LayerNorm:
-        return partial(
-            torch.layer_norm,
-            normalized_shape=module.normalized_shape,
-            weight=module.weight,
-            bias=module.bias,
-            eps=module.eps,
-        )
-    return module
+        shape = module.normalized_shape
+        return lambda x: torch.layer_norm(x, shape, module.weight, module.bias, module.eps)
+    if type(module) is RMSNorm:
+        C, weight = module.normalized_shape[0], module.weight.float()
+        floor = torch.tensor(math.sqrt(C * module.eps), device=weight.device)
+        return partial(_rms_norm, weight=weight * math.sqrt(C), floor=floor)
+    if type(module) not in (Conv1D, nn.Linear):
+        return module
+    weight, bias = module.weight, module.bias
+    parts = torch.get_num_threads() if rows == 1 and weight.device.type == "cpu" else 1
+    if parts > 1 and weight.dtype == torch.float32 and weight.numel() >= 2**18:
+        return _split(module, parts)
+    if type(module) is Conv1D:
+        return partial(torch.addmm, bias, mat2=weight)
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+def _split(module: Conv1D | nn.Linear, parts: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product of one row with a large matrix on several cores: MKL takes one core for it, but one for each matrix
+    of a batch. Every core gets whole rows of the weight as it lies in memory."""
+    weight, bias = module.weight, module.bias
+    parts = math.gcd(parts, len(weight))
+    weight = weight.unflatten(0, (parts, -1))
+    if type(module) is Conv1D:  # some of the inputs each: the results are added up
+        bias = (bias / parts).expand(parts, 1, -1)
+        return lambda x: torch.baddbmm(bias, x.view(parts, 1, -1), weight).sum(0)
+    weight = weight.transpose(1, 2)  # some of the outputs each
+    if bias is None:
+        return lambda x: torch.bmm(x.expand(parts, 1, -1), weight).view(1, -1)
+    bias = bias.view(parts, 1, -1)
+    return lambda x: torch.baddbmm(bias, x.expand(parts, 1, -1), weight).view(1, -1)
 
 
 def make_decoder(
