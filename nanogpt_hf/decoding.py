@@ -87,6 +87,7 @@ class StaticDecoder:
         self.model, self.sampler = model, sampler
         config, network = model.config, model.transformer
         self.wte = network.wte.weight
+        room = -(-room // 16) * 16  # CUDA's attention wants the rows of its mask aligned
         self.blocks = [_Block(block, rows) for block in network.h]
         self.norm, self.head = _plain(network.ln_f, rows), _plain(model.lm_head, rows)
         on_device = {"device": self.wte.device, "dtype": torch.long}
@@ -103,7 +104,7 @@ class StaticDecoder:
         self.text = torch.zeros(
             rows, room + 1, **on_device
         )  # what it has written, each token at its position
-        self.graph = None
+        self.records, self.graph = self.wte.is_cuda, None
 
     def continue_(self, ids: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """As CachedDecoder's; on CUDA the tokens come in blocks, and on the CPU."""
@@ -113,7 +114,7 @@ class StaticDecoder:
             self.keys[layer, :, :, :T], self.values[layer, :, :, :T] = read.keys, read.values
         self.position.fill_(T)
         token = self.sampler(output.logits[:, -1])
-        if token.is_cuda:
+        if self.records:
             yield from self._replay(token, T, T + count)
             return
         yield token
@@ -257,7 +258,7 @@ def _split(module: Conv1D | nn.Linear, parts: int) -> Callable[[torch.Tensor], t
 def make_decoder(
     model: PreTrainedModel, sampler: Sampler, rows: int, room: int
 ) -> CachedDecoder | StaticDecoder:
-    # A subclass (FSDP makes one) or a wrapper (peft, compiled) need not hold its weights where the step looks.
-    if type(model) is NanoGPTForCausalLM:
+    # A subclass (FSDP makes one), a wrapper (peft, compiled) or a device map need not hold its weights where the step looks.
+    if type(model) is NanoGPTForCausalLM and not hasattr(model, "hf_device_map"):
         return StaticDecoder(model, sampler, rows, room)
     return CachedDecoder(model, sampler)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ class TestGreedy:
         assert isinstance(make_decoder(model, Sampler(model), rows, 1), StaticDecoder)
         found = written(model, ids, 60, temperature=0)
         assert torch.equal(found, through_the_forward(model, ids, 60))
-        assert len(found.unique()) > 5
+        assert len(found.unique()) > 2
 
     def test_transformers_generate(self, kind):
         model, ids = make(kind), prompt(2, 7)
@@ -85,6 +86,23 @@ class TestGreedy:
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=CONTEXT - 7
         )
         assert torch.equal(written(model, ids, CONTEXT - 7, temperature=0), theirs[:, 7:])
+
+    @pytest.mark.parametrize("rows, length", [(1, 1), (3, 5), (2, CONTEXT + 1)])
+    def test_what_a_graph_would_replay(self, kind, rows, length, monkeypatch):
+        """All that runs on a GPU but the recording: the masked step, and tokens in blocks."""
+
+        def pretend(decoder):
+            decoder._step_on_device()
+            decoder.graph = SimpleNamespace(replay=decoder._step_on_device)
+
+        model, ids = make(kind), prompt(rows, length)
+        expected = written(model, ids, 100, temperature=0)
+        monkeypatch.setattr(StaticDecoder, "_record", pretend)
+        monkeypatch.setattr(
+            StaticDecoder, "records", property(lambda _: True, lambda *_: None), raising=False
+        )
+        for count in (1, 2, 9, 100):
+            assert torch.equal(written(model, ids, count, temperature=0), expected[:, :count])
 
     @needs_cuda
     @pytest.mark.parametrize("rows, length", [(1, 1), (3, 5), (2, CONTEXT + 1)])
