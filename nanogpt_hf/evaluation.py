@@ -99,7 +99,9 @@ def evaluate_split(
             predicted from at least T - stride before it, where there are so many; the default is T.
     """
     nats = torch.zeros((), dtype=torch.float64 if stream.device.type != "mps" else torch.float32)
-    numbers = np.arange(accelerator.process_index, stream.windows(stride), accelerator.num_processes)
+    # As many for each, since FSDP2 computes in step; a window past the end counts nothing.
+    everybody = -(-stream.windows(stride) // accelerator.num_processes) * accelerator.num_processes
+    numbers = np.arange(accelerator.process_index, everybody, accelerator.num_processes)
     with evaluating(accelerator.unwrap_model(model)):
         for losses, _ in _losses(model, stream, numbers, batch_size, stride):
             nats = nats.to(losses.device) + losses.sum(dtype=nats.dtype)
