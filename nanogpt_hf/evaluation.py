@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -53,7 +54,10 @@ def validation_stream(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, and float32 as in the saved checkpoint: accelerate's autocast, a wrapped forward, is set aside."""
+    """Dropout off, and float32 as in the saved checkpoint: accelerate's autocast, a wrapped forward, is set aside.
+
+    A model sharded by FSDP2 keeps the precision that it gathers its weights in.
+    """
     was_training, autocast = model.training, model.__dict__.pop("forward", None)
     model.eval()
     try:
@@ -62,6 +66,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
         if autocast is not None:
             model.forward = autocast
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # without a backward pass the last weights stay gathered
+                module.reshard()
 
 
 @torch.no_grad()
