@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -55,7 +56,8 @@ def validation_stream(
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Dropout off, nothing compiled, and float32 as in the saved checkpoint.
 
-    accelerate's autocast, a wrapped forward, is set aside.
+    accelerate's autocast, a wrapped forward, is set aside. A model sharded by FSDP2 keeps the precision that it
+    gathers its weights in.
     """
     was_training, autocast = model.training, model.__dict__.pop("forward", None)
     model.eval()
@@ -66,6 +68,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
         if autocast is not None:
             model.forward = autocast
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # without a backward pass the last weights stay gathered
+                module.reshard()
 
 
 @torch.no_grad()
@@ -103,7 +108,9 @@ def evaluate_split(
             predicted from at least T - stride before it, where there are so many; the default is T.
     """
     nats = torch.zeros((), dtype=torch.float64 if stream.device.type != "mps" else torch.float32)
-    numbers = np.arange(accelerator.process_index, stream.windows(stride), accelerator.num_processes)
+    # As many for each, since FSDP2 computes in step; a window past the end counts nothing.
+    everybody = -(-stream.windows(stride) // accelerator.num_processes) * accelerator.num_processes
+    numbers = np.arange(accelerator.process_index, everybody, accelerator.num_processes)
     with evaluating(accelerator.unwrap_model(model)):
         for losses, _ in _losses(model, stream, numbers, batch_size, stride):
             nats = nats.to(losses.device) + losses.sum(dtype=nats.dtype)

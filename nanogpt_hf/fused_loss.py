@@ -48,8 +48,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, head, out=hidden_grad[chunk])
             if ctx.needs_input_grad[1]:
                 part = logits.T @ hidden[chunk]
-                weight_grad = part.to(weight.dtype) if weight_grad is None else weight_grad.add_(part)
+                weight_grad = part.float() if weight_grad is None else weight_grad.add_(part)
         ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
         return losses.sum() * scale
 
     @staticmethod
@@ -57,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * loss_grad.to(hidden_grad.dtype),
-            None if weight_grad is None else weight_grad * loss_grad,
+            None if weight_grad is None else (weight_grad * loss_grad).to(ctx.weight_dtype),
             None,
             None,
         )

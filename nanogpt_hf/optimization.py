@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import SchedulerType, get_scheduler
 
 from .hardware import has_fast_bf16
@@ -24,6 +25,17 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if wide is not matrices else x
+
+
+def _whole(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def _sharded_as(matrix: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a matrix that every process has, laid out as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return matrix
+    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 class Muon(torch.optim.Optimizer):
@@ -63,15 +75,13 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 gradients = [parameter.grad for parameter in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                updates = torch.stack(
-                    torch._foreach_lerp(gradients, momenta, group["momentum"])
-                )  # Nesterov's
-                updates = orthogonalize(updates.to(self.dtype)).to(parameters[0].dtype)
-                updates *= group["lr"] * math.sqrt(
-                    max(1, rows / columns)
-                )  # a number, or a tensor in a CUDA graph
+                updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+                updates = torch.stack([_whole(update.to(self.dtype)) for update in updates])
+                updates = orthogonalize(updates).to(parameters[0].dtype)
+                updates *= group["lr"] * math.sqrt(max(1, rows / columns))  # lr: a tensor in a CUDA graph
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_sub_(parameters, list(updates.unbind()))
+                updates = [_sharded_as(*pair) for pair in zip(updates.unbind(), parameters, strict=True)]
+                torch._foreach_sub_(parameters, updates)
         return loss
 
 

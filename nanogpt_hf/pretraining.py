@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 
-from .checkpoints import Progress, files_written_whole, load_weights
+from .checkpoints import Progress, files_written_whole
 from .corpora import Corpus, load_corpus
 from .generation import generate_text
 from .hardware import choose_defaults, describe_device, device_type, make_accelerator
 from .hub import check_push, choose_format, push, write_card
-from .loading import check_vocabulary, suppress_padding
+from .loading import check_vocabulary, load_model_and_tokenizer, suppress_padding
 from .model import NanoGPTConfig, NanoGPTForCausalLM, preset_config
 from .reporting import check_trackers, draw_loss_curve, read_metrics, say
 from .safe_text import printable
@@ -169,8 +169,9 @@ def finish(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model,
     if not accelerator.is_main_process:
         return
     folder = Path(settings.output_dir)
-    model = accelerator.unwrap_model(model)
-    load_weights(model, folder)
+    model = load_model_and_tokenizer(str(folder))[0].to(
+        accelerator.device
+    )  # whole, where the other is sharded
     samples = generate_text(
         model,
         tokenizer,

@@ -81,7 +81,10 @@ def find_start(
         if progress.identity.get(key) != value
     ]
     if changed:
-        raise ValueError(f"{checkpoint} belongs to another run: {', '.join(changed)}.")
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {', '.join(changed)}"
+            f"{batch_advice(accelerator, progress.identity, identity)}."
+        )
     if progress.step > settings.max_steps:
         raise ValueError(
             f"{checkpoint} is at step {progress.step}, past --max_steps {settings.max_steps}: give more --max_steps."
@@ -91,6 +94,20 @@ def find_start(
             None  # the next evaluation's model is the best that there is
         )
     return progress, checkpoint
+
+
+def batch_advice(accelerator: Accelerator, before: dict, now: dict) -> str:
+    """How this many processes make the batch that the run had, or why they cannot; nothing when they do."""
+    context, tokens = now.get("n_positions"), before.get("tokens_per_step")
+    if tokens in (None, now["tokens_per_step"]) or not context or tokens % context:
+        return ""
+    sequences, processes = tokens // context, accelerator.num_processes
+    if sequences % processes:
+        return f"; {processes} processes do not divide its batch of {sequences} sequences: use a number that does"
+    return (
+        "; --per_device_train_batch_size times --gradient_accumulation_steps must be "
+        f"{sequences // processes} on {processes} process{'es' * (processes > 1)}"
+    )
 
 
 def check_agreement(accelerator: Accelerator, identity: dict) -> None:

@@ -187,7 +187,8 @@ def accumulate_gradients(
     total = torch.zeros((), device=accelerator.device)
     for number, (x, y) in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
-        with nullcontext() if last else accelerator.no_sync(model):
+        # FSDP2 adds up sharded gradients; without its synchronisation each process would hold them whole.
+        with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
             loss = model(
                 input_ids=x,
                 shift_labels=y,
