@@ -28,7 +28,6 @@ from .reporting import RunLog, not_finite, say
 from .run_folder import find_start, identity_of, note_evaluation, open_run_folder
 from .settings import TrainingSettings
 from .token_stream import TokenStream, mix
-from .tokenization import encode_documents
 
 
 def train(
@@ -45,7 +44,7 @@ def train(
         SystemExit: 128 + the signal's number, after SIGTERM or SIGINT, once a checkpoint is written.
     """
     T, folder = model.config.max_position_embeddings, Path(settings.output_dir)
-    train_stream = TokenStream(encode_documents(tokenizer, corpus.train), T, accelerator.device)
+    train_stream = TokenStream(corpus.ids("train", tokenizer), T, accelerator.device)
     eval_stream = validation_stream(tokenizer, corpus, T, accelerator.device)
     micro_batch = settings.per_device_train_batch_size
     batch_size = micro_batch * settings.gradient_accumulation_steps * accelerator.num_processes
@@ -69,7 +68,11 @@ def train(
 
     def evaluate() -> dict[str, float]:
         split = evaluate_split(
-            model, eval_stream, corpus.validation, settings.per_device_eval_batch_size, accelerator
+            model,
+            eval_stream,
+            corpus.characters("validation"),
+            settings.per_device_eval_batch_size,
+            accelerator,
         )
         if not math.isfinite(split.loss):
             raise ValueError(not_finite("validation loss", progress.step))
