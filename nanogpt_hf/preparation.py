@@ -270,6 +270,7 @@ def prepare(
         texts = split_at_the_end(["".join(parts) for parts in source.splits["train"]], 10)
         source.splits = {name: [[text] for text in documents] for name, documents in texts.items()}
     about = {
+        "format": FORMAT,
         "corpus": {
             "name": without_home(corpus),
             **{key: getattr(source, key) for key in ("source", "language", "license", "notice")},
@@ -398,7 +399,7 @@ def finish(folder: Path, about: dict, writers: dict[str, SplitWriter], counts: d
             "shards": shards,
             "unseen_ids": np.flatnonzero(~seen).tolist(),
         }
-    index = {"format": FORMAT} | about | {"splits": splits}
+    index = about | {"splits": splits}
     with files_written_whole(folder) as staging:
         (staging / INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
     delete(folder / PROGRESS)

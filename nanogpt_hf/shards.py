@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,8 +37,12 @@ def width_of(vocab_size: int) -> np.dtype:
 
 
 def is_shards(folder: str) -> bool:
-    path = Path(os.path.expanduser(folder))
-    return bool(folder) and ((path / INDEX).is_file() or (path / PROGRESS).is_file())
+    """Whether there are shards in the folder, finished or not."""
+    for name in (INDEX, PROGRESS):
+        with suppress(OSError, ValueError), (Path(os.path.expanduser(folder)) / name).open("rb") as file:
+            if FORMAT.encode() in file.read(200):
+                return True
+    return False
 
 
 def read_shard(path: Path, dtype: np.dtype, vocab_size: int) -> tuple[str, np.ndarray]:
