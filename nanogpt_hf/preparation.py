@@ -152,8 +152,21 @@ def _start_worker(folder: str, dtype: np.dtype) -> None:
     _encoder = Encoder(load_tokenizer(folder), dtype)
 
 
-def _work(task: list[Unit]):
+def work(task: list[Unit]):
+    """What `Encoder` does, in a process of `worker_pool`."""
     return _encoder(task)
+
+
+def worker_pool(tokenizer: str, dtype: np.dtype, num_proc: int) -> ProcessPoolExecutor:
+    """Processes that tokenise.
+
+    Not threads: the ids of all pass through Python. Not fork: the libraries' own threads would be lost in it.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(num_proc, context, _start_worker, (tokenizer, dtype))
 
 
 def in_order(pool: Executor, function: Callable, arguments: Iterable, ahead: int) -> Iterator:
@@ -178,14 +191,9 @@ def encode_tasks(
     if num_proc == 1:
         yield from map(encoder, stream)
         return
-    # Not threads: the ids of all pass through Python. Not fork: the libraries' own threads would be lost in it.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(num_proc, context, _start_worker, (str(folder), encoder.dtype)) as pool:
+    with worker_pool(str(folder), encoder.dtype, num_proc) as pool:
         try:
-            yield from in_order(pool, _work, stream, ahead=2 * num_proc)
+            yield from in_order(pool, work, stream, ahead=2 * num_proc)
         except BrokenProcessPool as error:
             raise ValueError(
                 "a process that tokenises was killed, for want of memory it may be: run the same again, with fewer "

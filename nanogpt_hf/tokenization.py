@@ -22,7 +22,7 @@ _SUBWORD = re.compile(
 )
 # Byte-level BPE spells bytes as characters that can be seen; these are the bytes that are not their own.
 _UNSEEN = [byte for byte in range(256) if not (33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte)]
-_SPELLING = {byte: 256 + number for number, byte in enumerate(_UNSEEN)}
+SPELLING = {byte: 256 + number for number, byte in enumerate(_UNSEEN)}
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -209,7 +209,7 @@ class _WordEncoder:
     def _subword_ids(self, subword: str) -> bytes:
         ids = self.subwords.get(subword)
         if ids is None:
-            tokens = self.model.tokenize(subword.encode().decode("latin-1").translate(_SPELLING))
+            tokens = self.model.tokenize(subword.encode().decode("latin-1").translate(SPELLING))
             ids = self.subwords[subword] = np.array([token.id for token in tokens], dtype=np.int32).tobytes()
         return ids
 
