@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .corpora import Corpus
 from .token_stream import TokenStream
-from .tokenization import encode_documents
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def validation_stream(
     Raises:
         ValueError: there is nothing in it to predict.
     """
-    ids = encode_documents(tokenizer, corpus.validation)
+    ids = corpus.ids("validation", tokenizer)
     if len(ids) < 2:
         raise ValueError(
             f"the validation split of {corpus.name} has {len(ids)} tokens, it needs at least 2: give a longer text or "
@@ -90,7 +89,7 @@ def _losses(
 def evaluate_split(
     model: PreTrainedModel,
     stream: TokenStream,
-    documents: list[str],
+    characters: int,
     batch_size: int,
     accelerator: Accelerator,
     stride: int | None = None,
@@ -101,8 +100,8 @@ def evaluate_split(
     of processes: losses are summed in float64, token by token.
 
     Args:
-        documents: the text that the stream encodes, to count its characters. The first token's are among
-            them, though it is given and not predicted.
+        characters: of the text that the stream encodes. The first token's are among them, though it is given
+            and not predicted.
         batch_size: windows a process computes at once.
         stride: tokens from one window to the next. Less than T makes windows overlap, so that every token is
             predicted from at least T - stride before it, where there are so many; the default is T.
@@ -118,7 +117,7 @@ def evaluate_split(
     return SplitLoss(
         nats=nats,
         tokens=len(stream) - 1,
-        characters=sum(map(len, documents)),
+        characters=characters,
     )
 
 

@@ -138,6 +138,8 @@ def make_schedule(settings: TrainingSettings) -> Callable[[int], float]:
     extra = {}
     if settings.lr_scheduler_type == "warmup_stable_decay":
         extra = {"num_decay_steps": settings.max_steps // 2}
+    if settings.lr_scheduler_type == "cosine_with_min_lr":
+        extra = {"min_lr_rate": 0.1}  # as GPT-3's (Brown et al. 2020, appendix B)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
         scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, warmup, settings.max_steps, extra)

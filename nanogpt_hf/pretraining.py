@@ -2,10 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +19,6 @@ from .model import NanoGPTConfig, NanoGPTForCausalLM, preset_config
 from .reporting import check_trackers, draw_loss_curve, read_metrics, say
 from .safe_text import printable
 from .settings import TrainingSettings, parse
-from .tokenization import encode_documents, make_tokenizer
 from .training import train
 
 CONFIG_FIELDS = (
@@ -65,18 +63,20 @@ def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
     return progress
 
 
-def pretrain_from_command_line(description: str | None, by_preset: Mapping[str, Mapping]) -> Progress:
+def pretrain_from_command_line(
+    description: str | None, by_preset: Mapping[str, Mapping] | Callable[[Mapping], Mapping]
+) -> Progress:
     """`pretrain` with the settings of the command line, and a recipe's defaults for the hardware.
 
     Args:
         description: the recipe's docstring, for --help.
-        by_preset: the recipe's defaults by size, as `choose_defaults` takes them.
+        by_preset: the recipe's defaults by size, as `choose_defaults` takes them, or what makes them of what is said.
     """
     asked = {}
 
     def defaults(said: Mapping) -> Mapping:
         asked.update(said)
-        return choose_defaults(by_preset)(said)
+        return (by_preset if callable(by_preset) else choose_defaults(by_preset))(said)
 
     settings = parse(TrainingSettings, description, defaults=defaults)
     found = "no GPU is used" if device_type(settings.use_cpu) == "cpu" else "a GPU was found"
@@ -106,9 +106,7 @@ def make_tokenizer_and_model(
             "embd_pdrop": settings.dropout,
             "attn_pdrop": settings.dropout,
         } | sizes
-    tokenizer = make_tokenizer(
-        base or settings.tokenizer, corpus.train, settings.vocab_size, corpus.validation
-    )
+    tokenizer = corpus.make_tokenizer(base or settings.tokenizer, settings.vocab_size)
     if base:
         dropouts = {name: value for name, value in sizes.items() if name.endswith("_pdrop")}
         model = NanoGPTForCausalLM.from_pretrained(base, **dropouts)
@@ -131,8 +129,7 @@ def make_tokenizer_and_model(
     generation.bos_token_id = generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
     if not base:
         # What training never shows is never sampled: padding, bytes and, where no document ends, the end of text.
-        unseen = np.setdiff1d(np.arange(model.config.vocab_size), encode_documents(tokenizer, corpus.train))
-        generation.suppress_tokens = unseen.tolist() or None
+        generation.suppress_tokens = corpus.unseen_ids(tokenizer, model.config.vocab_size) or None
     suppress_padding(tokenizer, model)  # a base from elsewhere may not say it
     return tokenizer, model
 
@@ -142,7 +139,6 @@ def describe(
 ) -> None:
     """The first screen: what will happen."""
     config = model.config
-    characters = sum(map(len, corpus.train)) + sum(map(len, corpus.validation))
     batch = (
         settings.per_device_train_batch_size
         * settings.gradient_accumulation_steps
@@ -154,7 +150,7 @@ def describe(
         accelerator,
         f"hardware   {describe_device(accelerator)}",
         *([f"size       {reason}"] if reason else []),
-        f"corpus     {corpus.name}: {characters:,} characters, the last {settings.validation_split_percentage}% for validation",
+        f"corpus     {corpus.name}: {corpus.characters('train'):,} characters, and {corpus.characters('validation'):,} for validation",
         f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {len(tokenizer):,} tokens",
         f"model      {config.architecture}, {model.num_parameters() / 1e6:.2f}M parameters: {config.n_layer} layers, "
         f"{config.n_head} heads, width {config.n_embd}, context {config.n_positions}",

@@ -201,7 +201,7 @@ def open_run_folder(
                 "language": corpus.language,
                 "license": corpus.license,
                 "notice": corpus.notice,
-                "characters": sum(map(len, corpus.train)) + sum(map(len, corpus.validation)),
+                "characters": corpus.characters("train") + corpus.characters("validation"),
             },
             "command": command_line(),
             "identity": identity,

@@ -24,7 +24,6 @@ from .run_folder import find_start, identity_of, note_evaluation, open_run_folde
 from .settings import TrainingSettings
 from .stepping import Stepper, global_batch_size
 from .token_stream import TokenStream
-from .tokenization import encode_documents
 
 
 def train(
@@ -41,7 +40,7 @@ def train(
         SystemExit: 128 + the signal's number, after SIGTERM or SIGINT, once a checkpoint is written.
     """
     T, folder = model.config.max_position_embeddings, Path(settings.output_dir)
-    train_stream = TokenStream(encode_documents(tokenizer, corpus.train), T, accelerator.device)
+    train_stream = TokenStream(corpus.ids("train", tokenizer), T, accelerator.device)
     eval_stream = validation_stream(tokenizer, corpus, T, accelerator.device)
     tokens_per_step = global_batch_size(settings, accelerator) * T
     rate_factor = make_schedule(settings)
@@ -63,7 +62,11 @@ def train(
 
     def evaluate() -> dict[str, float]:
         split = evaluate_split(
-            model, eval_stream, corpus.validation, settings.per_device_eval_batch_size, accelerator
+            model,
+            eval_stream,
+            corpus.characters("validation"),
+            settings.per_device_eval_batch_size,
+            accelerator,
         )
         if not math.isfinite(split.loss):
             raise ValueError(not_finite("validation loss", progress.step))
