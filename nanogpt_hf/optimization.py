@@ -79,12 +79,12 @@ def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.
     Matrices decay, vectors (norms, biases) do not.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    embeddings = ("wte", "wpe", "lm_head")
     muon, matrices, vectors = [], [], []
     for name, parameter in trainable:
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif settings.optim == "muon" and id(parameter) not in embeddings and ".wpe." not in f".{name}":
+        elif settings.optim == "muon" and not set(embeddings) & set(name.split(".")):
             muon.append(parameter)
         else:
             matrices.append(parameter)

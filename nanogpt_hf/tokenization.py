@@ -1,6 +1,8 @@
 """Tokenizers trained on a corpus, character by character or in byte-level BPE; both lossless on any Unicode."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
@@ -10,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 CHUNK = 10_000  # characters; the tokenizers library is slow on one long text and parallel over many
+FIRST_LETTER = 0x10000  # from here on there are more code points than tokens, and no surrogates
 BATCH = 1_000  # chunks; what the library returns takes many times the memory of the ids
 
 
@@ -60,6 +63,51 @@ def train_bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedToke
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return _wrap(tokenizer)
+
+
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], count: int
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with up to `count` more tokens, its merges followed by more that are learned from the texts.
+
+    Texts that hold none of the new tokens keep their ids. The library cannot go on with the merges of a tokenizer,
+    but it can begin with any alphabet: here its letters are the tokens that there are.
+
+    Raises:
+        ValueError: the tokenizer is not a byte-level BPE.
+    """
+    backend = tokenizer.backend_tokenizer
+    if not _splits_words(backend) or not isinstance(backend.model, models.BPE):
+        raise ValueError(
+            "--extend_vocabulary needs a base with a byte-level BPE as GPT-2's, which this base's tokenizer is not."
+        )
+    splits = (backend.pre_tokenizer.pre_tokenize_str(piece) for text in texts for piece in _pieces(text))
+    words = Counter(word for split in splits for word, _ in split)
+    letters = {
+        word: "".join(chr(FIRST_LETTER + t.id) for t in backend.model.tokenize(word)) for word in words
+    }
+    alphabet = set().union(*letters.values())
+    learner = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + count, limit_alphabet=len(alphabet), min_frequency=2, show_progress=False
+    )
+    learner.train_from_iterator((letters[word] for word in words.elements()), trainer)
+
+    def spell(token: str) -> str:
+        return "".join(backend.id_to_token(ord(letter) - FIRST_LETTER) for letter in token)
+
+    merges = [tuple(map(spell, pair)) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    spec = json.loads(backend.to_str())
+    known, first = spec["model"]["vocab"], max(backend.get_vocab().values()) + 1
+    new = dict.fromkeys(left + right for left, right in merges if left + right not in known)
+    spec["model"]["vocab"] |= {token: first + number for number, token in enumerate(new)}
+    spec["model"]["merges"] += merges
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **tokenizer.special_tokens_map,
+    )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
