@@ -89,16 +89,18 @@ def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.
         else:
             matrices.append(parameter)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [
-        torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+    groups = [group for group in groups if group["params"]]
+    optimizers = []
+    if groups:  # an adapter may be matrices for Muon alone
+        adamw = torch.optim.AdamW(
+            groups,
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-    ]
+        optimizers.append(adamw)
     if muon:
         fast = settings.bf16 is not False and has_fast_bf16(muon[0].device.type)
         dtype = torch.bfloat16 if fast else torch.float32

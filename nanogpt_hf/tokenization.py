@@ -98,9 +98,11 @@ def extend_tokenizer(
 
     merges = [tuple(map(spell, pair)) for pair in json.loads(learner.to_str())["model"]["merges"]]
     spec = json.loads(backend.to_str())
-    known, first = spec["model"]["vocab"], max(backend.get_vocab().values()) + 1
+    # Special tokens too: those that the vocabulary lacks would come after the new ones.
+    known = spec["model"]["vocab"] = backend.get_vocab()
+    first = max(known.values()) + 1
     new = dict.fromkeys(left + right for left, right in merges if left + right not in known)
-    spec["model"]["vocab"] |= {token: first + number for number, token in enumerate(new)}
+    known |= {token: first + number for number, token in enumerate(new)}
     spec["model"]["merges"] += merges
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
