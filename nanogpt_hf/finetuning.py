@@ -40,7 +40,7 @@ def make(settings: FinetuningSettings, corpus: Corpus) -> Made:
     """
     name = settings.model_name_or_path
     options = given_dropouts(settings) | quantization(settings, device_type(settings.use_cpu))
-    model = load_base(name, "all weights" if settings.full else "an adapter", **options)
+    model = load_base(name, whole=settings.full, **options)
     tokenizer = load_tokenizer(name)
     check_vocabulary(tokenizer, model)
     lines = [tokens_words("the base's tokenizer", tokenizer, corpus)]

@@ -39,11 +39,11 @@ SHORT_NAMES = {
 }
 
 
-def load_base(name: str, trains: str = "an adapter", **options) -> NanoGPTForCausalLM:
-    """The base of a fine-tuning, from a folder or the Hub.
+def load_base(name: str, whole: bool = False, **options) -> NanoGPTForCausalLM:
+    """The base of a fine-tuning in float32, from a folder or the Hub.
 
     Args:
-        trains: "an adapter", or what else is made of it, for the error messages.
+        whole: all of it is to be trained, so that no adapter has to load on it.
         options: of `from_pretrained`.
 
     Raises:
@@ -63,12 +63,12 @@ def load_base(name: str, trains: str = "an adapter", **options) -> NanoGPTForCau
             raise ValueError(
                 f"{name} holds a {kind}, but a base is a causal GPT-2 or a model of nanogpt_hf: give another."
             )
-        if config["model_type"] == "qwen3" and trains == "an adapter":
+        if config["model_type"] == "qwen3" and not whole:
             raise ValueError(
                 f"{name} is a plain qwen3 checkpoint, and an adapter trained here would not load on it: its queries, "
                 "keys and values are three modules, here they are one; give the run folder that it came from, or --full."
             )
-        return NanoGPTForCausalLM.from_pretrained(name, **options)
+        return NanoGPTForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except OSError as error:
         raise ValueError(f"the base {name} cannot be loaded: {first_line(error)}.") from error
 

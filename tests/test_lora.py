@@ -1,6 +1,8 @@
 """Fine-tuning: a small GPT-2 that knows Shakespeare, served by a Hub as OpenAI serves theirs, learns Pushkin."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +18,19 @@ from safetensors.torch import load_file, save_file
 from test_recipes import RUSSIAN, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
-from nanogpt_hf import NanoGPTForCausalLM
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.corpora import load_corpus
 from nanogpt_hf.hub import export
 from nanogpt_hf.loading import load_model_and_tokenizer
-from nanogpt_hf.lora import load_merged
+from nanogpt_hf.lora import extend_embedding, load_base, load_merged
 from nanogpt_hf.named_corpora import DOCUMENT_ENDS
-from nanogpt_hf.settings import FinetuningSettings
-from nanogpt_hf.tokenization import encode, extend_tokenizer, train_bpe_tokenizer, train_char_tokenizer
+from nanogpt_hf.tokenization import (
+    encode,
+    extend_tokenizer,
+    load_tokenizer,
+    train_bpe_tokenizer,
+    train_char_tokenizer,
+)
 
 ROOT = Path(__file__).parents[1]
 ENGLISH = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n" * 40
@@ -74,6 +81,14 @@ def finetune(places, tmp_path):
         return folder
 
     return start
+
+
+@pytest.fixture(scope="module")
+def adapter(places):
+    words = ["--corpus", places / "poems.txt", "--model_name_or_path", places / "base", *SMALL]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert run("finetune_lora.py", "--output_dir", places / "adapter", *words) == 0
+    return places / "adapter"
 
 
 @torch.no_grad()
@@ -166,28 +181,46 @@ def test_a_base_of_the_hub_learns_pushkin_and_others_load_what_it_made(places, h
 
 
 @pytest.mark.parametrize(
-    "words",
+    "words, adapted",
     [
-        ["--target_modules", "attention", "--use_dora", "--lora_dropout", "0.1"],
-        ["--target_modules", "mlp", "h.0.attn.c_attn", "--use_rslora", "--lora_r", "4", "--optim", "muon"],
-        ["--extend_vocabulary", "60", "--gradient_checkpointing", "--bf16", "true"],
+        (
+            [
+                "--target_modules",
+                "attention",
+                "--use_dora",
+                "--extend_vocabulary",
+                "60",
+                "--lora_dropout",
+                "0.1",
+            ],
+            4,
+        ),
+        (
+            [
+                "--target_modules",
+                "mlp",
+                "h.0.attn.c_attn",
+                "--use_rslora",
+                "--lora_r",
+                "4",
+                "--optim",
+                "muon",
+            ],
+            5,
+        ),
+        (["--gradient_checkpointing", "--bf16", "true"], 8),
     ],
-    ids=["dora", "rslora", "extended"],
+    ids=["dora", "rslora", "checkpointing"],
 )
-def test_an_adapter_and_what_it_is_merged_into_are_equal(words, finetune):
+def test_an_adapter_and_what_it_is_merged_into_are_equal(words, adapted, finetune):
     folder = finetune(*words, "--merge")
     model, tokenizer = load_model_and_tokenizer(str(folder))
     merged, _ = load_model_and_tokenizer(str(folder / "merged"))
     torch.testing.assert_close(logits(merged, tokenizer), logits(model, tokenizer), atol=1e-4, rtol=0)
     rows = [row for row in metrics(folder) if "eval_loss" in row]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
-    adapted = {
-        name.split(".lora_A")[0]
-        for name in load_file(folder / "adapter_model.safetensors")
-        if "lora_A" in name
-    }
-    expected = {"--use_dora": 4, "--use_rslora": 5, "--gradient_checkpointing": 8}
-    assert len(adapted) == next(number for word, number in expected.items() if word in words)
+    names = load_file(folder / "adapter_model.safetensors")
+    assert len({name.split(".lora_A")[0] for name in names if "lora_A" in name}) == adapted
 
 
 def test_a_model_of_ours_is_a_base_too(places, finetune, tmp_path):
@@ -216,14 +249,13 @@ def test_full_fine_tuning_leaves_a_whole_model(places, finetune):
     assert (folder / "samples_before.txt").exists()
 
 
-@pytest.mark.parametrize("kind", [["--extend_vocabulary", "60", "--lora_dropout", "0.1"], ["--full"]])
-def test_an_interrupted_fine_tuning_ends_as_one_run(kind, finetune, tmp_path):
-    whole = finetune(*kind, folder=tmp_path / "whole")
-    parts = finetune(*kind, folder=tmp_path / "parts")
-    import shutil
-
+def test_an_interrupted_fine_tuning_ends_as_one_run(finetune, tmp_path):
+    words = ["--extend_vocabulary", "60", "--lora_dropout", "0.1", "--target_modules", "mlp"]
+    whole = finetune(*words)
+    parts = shutil.copytree(whole, tmp_path / "parts")
     shutil.rmtree(parts / "checkpoints" / "step-12")
-    finetune(*kind, "--resume_from_checkpoint", "last", folder=parts)
+    (parts / "adapter_model.safetensors").unlink()
+    finetune(*words, "--resume_from_checkpoint", "last", folder=parts)
     assert digests(parts) == digests(whole) and len(digests(whole)) == 5
     assert without_times(metrics(parts)) == without_times(metrics(whole))
 
@@ -248,25 +280,25 @@ def test_every_poem_is_a_document(places):
     ]
 
 
+@pytest.fixture(scope="module")
+def tokenizers():
+    """GPT-2's in small, and the same with 80 tokens more."""
+    before = train_bpe_tokenizer([ENGLISH], 320)
+    return before, extend_tokenizer(before, [RUSSIAN, POEMS], 80)
+
+
 @given(st.text())
-@example_settings(max_examples=100, deadline=None)
-def test_an_extended_tokenizer_is_lossless_and_leaves_other_texts_alone(text):
-    for before, after in [extended_tokenizer()]:
-        assert after.decode(encode(after, text)) == text
-        ids = encode(after, text)
-        if ids.size and ids.max() < len(before):
-            assert ids.tolist() == encode(before, text).tolist()
+@example_settings(max_examples=50, deadline=None)
+def test_an_extended_tokenizer_is_lossless_and_leaves_other_texts_alone(tokenizers, text):
+    before, after = tokenizers
+    ids = encode(after, text)
+    assert after.decode(ids) == text
+    if ids.size and ids.max() < len(before):
+        assert ids.tolist() == encode(before, text).tolist()
 
 
-def extended_tokenizer(made=[]):  # noqa: B006
-    if not made:
-        before = train_bpe_tokenizer([ENGLISH], 320)
-        made += [(before, extend_tokenizer(before, [RUSSIAN, POEMS], 80))]
-    return made[0]
-
-
-def test_new_tokens_are_learned_after_the_old_and_survive_saving(tmp_path):
-    before, after = extended_tokenizer()
+def test_new_tokens_are_learned_after_the_old_and_survive_saving(tokenizers, tmp_path):
+    before, after = tokenizers
     assert len(after) == len(before) + 80 and after.eos_token_id == before.eos_token_id
     assert len(encode(after, RUSSIAN)) < len(encode(before, RUSSIAN)) / 3
     assert encode(after, ENGLISH).tolist() == encode(before, ENGLISH).tolist()
@@ -276,9 +308,6 @@ def test_new_tokens_are_learned_after_the_old_and_survive_saving(tmp_path):
 
 
 def test_a_new_token_begins_as_the_mean_of_its_pieces(places):
-    from nanogpt_hf.lora import extend_embedding, load_base
-    from nanogpt_hf.tokenization import load_tokenizer
-
     base = str(places / "base")
     model, before = load_base(base), load_tokenizer(base)
     after = extend_tokenizer(before, [RUSSIAN], 30)
@@ -308,8 +337,6 @@ def bad_inputs(places, tmp_path, adapter):
     model.resize_token_embeddings(100)
     export(model, tokenizer, bases["tokens"], "nanogpt")
     chars = train_char_tokenizer([POEMS])
-    from nanogpt_hf import NanoGPTConfig
-
     fields = sizes | {"vocab_size": len(chars), "eos_token_id": 1, "bos_token_id": 1}
     export(NanoGPTForCausalLM(NanoGPTConfig(architecture="modern", **fields)), chars, bases["qwen"])
     export(NanoGPTForCausalLM(NanoGPTConfig(**fields)), chars, bases["char"])
@@ -341,8 +368,7 @@ def bad_inputs(places, tmp_path, adapter):
     ]
 
 
-def test_bad_input_ends_in_one_sentence_with_nothing_written(places, finetune, tmp_path, capsys):
-    adapter = finetune(folder=tmp_path / "adapter")
+def test_bad_input_ends_in_one_sentence_with_nothing_written(places, adapter, tmp_path, capsys):
     cases = bad_inputs(places, tmp_path, adapter)
     capsys.readouterr()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -356,29 +382,34 @@ def test_bad_input_ends_in_one_sentence_with_nothing_written(places, finetune, t
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before, words
 
 
-def test_an_adapter_of_another_base_is_refused(places, finetune, tmp_path, capsys):
-    import shutil
-
+def test_an_adapter_of_another_base_is_refused(places, adapter, tmp_path, capsys):
     base = shutil.copytree(places / "base", tmp_path / "base")
-    folder = finetune(base=base)
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    edit = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(edit | {"base_model_name_or_path": str(base)}))
+    load_merged(folder)
     weights = load_file(base / "model.safetensors")
     weights["h.0.mlp.c_fc.weight"] += 1e-3
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="another base.*other weights now"):
         load_merged(folder)
-    capsys.readouterr()
     AcceleratorState._reset_state(reset_partial_state=True)
     words = ["--corpus", places / "poems.txt", "--model_name_or_path", base, *SMALL]
     assert run("finetune_lora.py", "--output_dir", folder, *words, "--resume_from_checkpoint", "last") == 2
     assert "belongs to another run: base was" in capsys.readouterr().err
-    small = NanoGPTForCausalLM.from_pretrained(places / "base").config
-    small.n_embd = 16
-    export(NanoGPTForCausalLM(small), AutoTokenizer.from_pretrained(base), tmp_path / "base")
+    config = NanoGPTForCausalLM.from_pretrained(base).config
+    config.n_embd = 16
+    export(NanoGPTForCausalLM(config), AutoTokenizer.from_pretrained(base), base)
     (folder / "run.yaml").unlink()
     with pytest.raises(ValueError, match="cannot be put on its base"):
         load_merged(folder)
 
 
-def test_the_defaults_are_a_finetuning():
-    settings = FinetuningSettings()
-    assert settings.eval_on_start and settings.model_name_or_path == "openai-community/gpt2"
+def test_the_benchmark_runs(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/lora_step.py", "--tiny", "--output", tmp_path / "result.json"],
+        **dict(cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True),
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "result.json").read_text())["summary"]
+    assert summary["trainer"]["ratio"] == 1 and summary["ours"]["tokens_per_s"] > 0
