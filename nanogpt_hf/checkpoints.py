@@ -7,6 +7,7 @@ Writing waits for the disk in the training loop: in the recipes' run for a CPU (
 checkpoints of 34 ms and 16 best models of 23 ms are 0.2% of the time, too little for a thread of their own.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ from transformers import PreTrainedTokenizerFast
 
 MANIFEST = "manifest.json"
 NEEDED = ("optimizer.safetensors", "progress.json")  # the weights' file has several names
+ADAPTER_PREFIX = "base_model.model."  # peft's name for the model inside PeftModel
 FULL_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)  # for the first process only
 FULL = StateDictOptions(full_state_dict=True)
 
@@ -223,9 +225,12 @@ def save_model(accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerFa
     state = accelerator.get_state_dict(model)  # whole tensors, whatever the layout
     if accelerator.is_main_process:
         model = _under_its_own_class(accelerator.unwrap_model(model))
-        if accelerator.is_fsdp2 and model.config.tie_word_embeddings:  # gathered twice, saved once
-            state |= {key: state[source] for key, source in (model._tied_weights_keys or {}).items()}
-        model.save_pretrained(folder, state_dict=state)
+        if hasattr(model, "peft_config"):
+            _save_adapter(model, state, folder)
+        else:
+            if accelerator.is_fsdp2 and model.config.tie_word_embeddings:  # gathered twice, saved once
+                state |= {key: state[source] for key, source in (model._tied_weights_keys or {}).items()}
+            model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
 
@@ -240,6 +245,19 @@ def _under_its_own_class(model):
     return plain
 
 
+def _save_adapter(model, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """An adapter in peft's files. The save_pretrained of transformers and peft ask the Hub for the base's config."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    weights = {f"{ADAPTER_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True  # or who loads it would train it
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
 def load_weights(model, folder: Path) -> None:
     """The weights that `save_model` wrote, into a model of the same shape, sharded or not; every process calls it.
 
@@ -250,19 +268,23 @@ def load_weights(model, folder: Path) -> None:
     path = folder / ("adapter_model.safetensors" if adapter else "model.safetensors")
     try:
         if adapter:
-            from peft import set_peft_model_state_dict
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-            set_peft_model_state_dict(model, load_file(path))
-            return
-        state = load_file(path)
-        tied = {key: source for key, source in (model._tied_weights_keys or {}).items() if source in state}
-        state = {key: state[source] for key, source in tied.items()} | state
-        wrong = state.keys() ^ model.state_dict().keys()
-        if wrong:
-            raise ValueError(f"{path} holds the weights of another model ({min(wrong)}).")
-        set_model_state_dict(model, state, options=FULL)
+            weights = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in load_file(path).items()}
+            wrong = set(weights) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
+            if not wrong:
+                set_peft_model_state_dict(model, weights)
+        else:
+            state = load_file(path)
+            tied = {key: name for key, name in (model._tied_weights_keys or {}).items() if name in state}
+            state = {key: state[name] for key, name in tied.items()} | state
+            wrong = state.keys() ^ model.state_dict().keys()
+            if not wrong:
+                set_model_state_dict(model, state, options=FULL)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be loaded into this model ({_brief(error)}).") from error
+    if wrong:
+        raise ValueError(f"{path} holds the weights of another model ({min(wrong)}).")
 
 
 def _brief(error: Exception) -> str:

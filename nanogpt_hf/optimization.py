@@ -91,26 +91,28 @@ def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.
     Matrices decay, vectors (norms, biases) do not.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    embeddings = ("wte", "wpe", "lm_head")
     muon, matrices, vectors = [], [], []
     for name, parameter in trainable:
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif settings.optim == "muon" and id(parameter) not in embeddings and ".wpe." not in f".{name}":
+        elif settings.optim == "muon" and not set(embeddings) & set(name.split(".")):
             muon.append(parameter)
         else:
             matrices.append(parameter)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [
-        torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+    groups = [group for group in groups if group["params"]]
+    optimizers = []
+    if groups:  # an adapter may be matrices for Muon alone
+        adamw = torch.optim.AdamW(
+            groups,
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-    ]
+        optimizers.append(adamw)
     if muon:
         fast = settings.bf16 is not False and has_fast_bf16(muon[0].device.type)
         dtype = torch.bfloat16 if fast else torch.float32

@@ -1,6 +1,8 @@
 """Tokenizers trained on a corpus, character by character or in byte-level BPE; both lossless on any Unicode."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -23,6 +25,7 @@ _SUBWORD = re.compile(
 # Byte-level BPE spells bytes as characters that can be seen; these are the bytes that are not their own.
 _UNSEEN = [byte for byte in range(256) if not (33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte)]
 SPELLING = {byte: 256 + number for number, byte in enumerate(_UNSEEN)}
+FIRST_LETTER = 0x10000  # from here on there are more code points than tokens, and no surrogates
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -72,6 +75,53 @@ def train_bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedToke
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return _wrap(tokenizer)
+
+
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], count: int
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with up to `count` more tokens, its merges followed by more that are learned from the texts.
+
+    Texts that hold none of the new tokens keep their ids. The library cannot go on with the merges of a tokenizer,
+    but it can begin with any alphabet: here its letters are the tokens that there are.
+
+    Raises:
+        ValueError: the tokenizer is not a byte-level BPE.
+    """
+    backend = tokenizer.backend_tokenizer
+    if not _splits_words(backend) or not isinstance(backend.model, models.BPE):
+        raise ValueError(
+            "--extend_vocabulary needs a base with a byte-level BPE as GPT-2's, which this base's tokenizer is not."
+        )
+    splits = (backend.pre_tokenizer.pre_tokenize_str(piece) for text in texts for piece in pieces(text))
+    words = Counter(word for split in splits for word, _ in split)
+    letters = {
+        word: "".join(chr(FIRST_LETTER + t.id) for t in backend.model.tokenize(word)) for word in words
+    }
+    alphabet = set().union(*letters.values())
+    learner = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + count, limit_alphabet=len(alphabet), min_frequency=2, show_progress=False
+    )
+    learner.train_from_iterator((letters[word] for word in words.elements()), trainer)
+
+    def spell(token: str) -> str:
+        return "".join(backend.id_to_token(ord(letter) - FIRST_LETTER) for letter in token)
+
+    merges = [tuple(map(spell, pair)) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    spec = json.loads(backend.to_str())
+    # Special tokens too: those that the vocabulary lacks would come after the new ones.
+    known = spec["model"]["vocab"] = backend.get_vocab()
+    first = max(known.values()) + 1
+    new = dict.fromkeys(left + right for left, right in merges if left + right not in known)
+    known |= {token: first + number for number, token in enumerate(new)}
+    spec["model"]["merges"] += merges
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **tokenizer.special_tokens_map,
+    )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:

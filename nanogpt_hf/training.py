@@ -39,7 +39,7 @@ def train(
         ValueError: settings, corpus, folder and hardware do not fit together, or the loss was not finite.
         SystemExit: 128 + the signal's number, after SIGTERM or SIGINT, once a checkpoint is written.
     """
-    T, folder = model.config.max_position_embeddings, Path(settings.output_dir)
+    T, folder = settings.n_positions or model.config.max_position_embeddings, Path(settings.output_dir)
     train_stream = TokenStream(corpus.ids("train", tokenizer), T, accelerator.device)
     eval_stream = validation_stream(tokenizer, corpus, T, accelerator.device)
     tokens_per_step = global_batch_size(settings, accelerator) * T
