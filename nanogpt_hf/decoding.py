@@ -155,7 +155,7 @@ class StaticDecoder:
             began, stop = time.perf_counter(), min(start + block, end)
             for _ in range(written, stop):
                 self.graph.replay()
-            yield from self.text[:, start:stop].cpu().unbind(1)
+            yield from self.text[:, start:stop].to("cpu", copy=True).unbind(1)
             written = start = stop
             if time.perf_counter() - began < 0.1:  # seconds; a reader sees no stutter
                 block *= 2
