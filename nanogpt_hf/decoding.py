@@ -78,6 +78,9 @@ class CachedDecoder:
 class StaticDecoder:
     """A NanoGPTForCausalLM, through a step of its own over a cache of fixed place and size.
 
+    Why not the forward: a token of a small model costs its operations, not its arithmetic. With 0.8M parameters, batch 1,
+    one thread of a busy AMD EPYC (2026-11-24), the step took 2.9 ms where transformers' generate took 9.5.
+
     Args:
         rows: B.
         room: L, how many tokens the cache holds for each row.
@@ -155,7 +158,7 @@ class StaticDecoder:
             began, stop = time.perf_counter(), min(start + block, end)
             for _ in range(written, stop):
                 self.graph.replay()
-            yield from self.text[:, start:stop].cpu().unbind(1)
+            yield from self.text[:, start:stop].to("cpu", copy=True).unbind(1)
             written = start = stop
             if time.perf_counter() - began < 0.1:  # seconds; a reader sees no stutter
                 block *= 2
