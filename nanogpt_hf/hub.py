@@ -195,8 +195,16 @@ def export_run(
     folder, target = Path(folder), Path(target)
     is_adapter = (folder / "adapter_config.json").exists()
     if is_adapter and not merge:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
+        if name and os.path.isdir(os.path.expanduser(base)):
+            raise ValueError(
+                f"{folder} holds an adapter whose base, {base}, is a folder of this machine: nobody could load it from "
+                "the Hub; merge it (--merge)."
+            )
         target.mkdir(parents=True, exist_ok=True)
-        for file in ADAPTER_FILES:  # not the code of ours, nor what else a run leaves
+        for file in ADAPTER_FILES:
             if (folder / file).exists():
                 shutil.copy(folder / file, target)
         written = "adapter"

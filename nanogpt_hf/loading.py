@@ -64,15 +64,12 @@ def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple
         base = os.path.expanduser(PeftConfig.from_pretrained(name).base_model_name_or_path or "")
         model = load_base(base)
         tokenizer = load_tokenizer(name if find_file(name, "tokenizer.json") else base)
-        if (
-            len(tokenizer) > model.get_input_embeddings().weight.shape[0]
-        ):  # the adapter brings words of its own
+        # An adapter may bring tokens of its own.
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         check_vocabulary(tokenizer, model)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # peft asks the model what transformers 6 will not tell
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers 6 drops
             adapted = PeftModel.from_pretrained(model, name)
         if find_file(name, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(name)

@@ -141,7 +141,7 @@ def add_adapter(model: NanoGPTForCausalLM, settings: FinetuningSettings, new_tok
         target_modules=targets,
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
-        fan_in_fan_out=model.config.bias,  # Conv1D holds its weight transposed
+        fan_in_fan_out=model.config.bias,  # then it is Conv1D, which holds its weight transposed
         trainable_token_indices={"wte": new_tokens} if new_tokens else None,
     )
     with warnings.catch_warnings():

@@ -49,7 +49,7 @@ def carry_out(settings: TrainingSettings, make: Callable[[Corpus], Made], merge:
 
     Args:
         make: of a corpus its tokenizer, the model, and lines for the first screen. It may resolve settings.
-        merge: push an adapter merged into its base.
+        merge: at the end, write the adapter merged into its base as well, and push that.
 
     Raises:
         ValueError: for a user's mistake, before anything is written.
@@ -74,7 +74,7 @@ def carry_out(settings: TrainingSettings, make: Callable[[Corpus], Made], merge:
         raise ValueError(
             f"--n_positions is {settings.n_positions}, more than the base's context of {context}."
         )
-    if settings.push_to_hub:
+    if settings.push_to_hub or merge:
         choose_format(model.config, settings.hub_format)
     model.generation_config.max_length = (
         model.config.n_positions

@@ -182,7 +182,16 @@ class FinetuningSettings(TrainingSettings):
     n_positions: int | None = setting(None, "context to train with, in tokens; default: the base's")
     num_train_epochs: float = setting(3.0, "passes over the training split")
     max_steps: int | None = setting(None, "optimiser steps, instead of num_train_epochs")
+    per_device_train_batch_size: int = setting(8, "sequences a device and micro-batch")
+    learning_rate: float = setting(
+        2e-3, "peak learning rate of AdamW; small bases bear more, --full bears less"
+    )
+    weight_decay: float = setting(0.0, "decay of matrices (norms and biases have none)")
+    warmup_steps: int = setting(20, "steps of linear warm-up")
+    eval_steps: int = setting(50, "steps between two evaluations of the whole validation split")
     eval_on_start: bool = setting(True, "evaluate before the first step too")
+    save_steps: int = setting(100, "steps between two checkpoints")
+    early_stopping_patience: int | None = setting(5, "stop after so many evaluations without a better loss")
     tokenizer: str = setting("", "not used: the base brings its own")
 
     # What trains

@@ -364,6 +364,8 @@ def bad_inputs(places, tmp_path, adapter):
         (["--load_in_4bit"], "needs a CUDA GPU"),
         (["--load_in_8bit", "--full"], "give one"),
         (["--document_end", "("], "no regular expression"),
+        (["--merge", "--hub_format", "qwen3"], "cannot be written in the format qwen3"),
+        (["--push_to_hub"], "a folder of this machine"),
         (["--lora_rank", "3"], "--lora_r"),
     ]
 
