@@ -10,17 +10,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-CHUNK = 10_000  # characters of a piece of a long text
+CHUNK = 1_000  # characters of a piece of a long text
 BATCH = 1_000  # texts; what the tokenizers library returns takes many times the memory of the ids
 KNOWN_CHARACTERS = 2**24  # of the words whose ids are kept, some 200 MB with all that belongs to them
 
-# Words as `pieces` cuts them, the white space before them included.
+# Words between the places where `pieces` may cut, with the white space before them.
 _WORD = re.compile(r"\s*\S+(?:[^\S \n]\s*\S*)*|\s+")
 # Characters of which every version of Unicode says the same, and how GPT-2's tokenizer cuts a text of them.
 _LETTERS = "A-Za-zÀ-ÖØ-öø-ɏЀ-ҁҊ-ԯ"
 _PLAIN = re.compile(rf"[\0-\x7f{_LETTERS}«»–—‘’“”…]*")
 _SUBWORD = re.compile(
-    rf"'(?:[sdmt]|ll|ve|re)| ?[{_LETTERS}]+| ?[0-9]+| ?[^\t-\r {_LETTERS}0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+    rf" (?:[{_LETTERS}]+|[0-9]+|[^\t-\r {_LETTERS}0-9]+)|[{_LETTERS}]+|'(?:[sdmt]|ll|ve|re)|[^\t-\r {_LETTERS}0-9]+"
+    r"|[0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
 )
 # Byte-level BPE spells bytes as characters that can be seen; these are the bytes that are not their own.
 _UNSEEN = [byte for byte in range(256) if not (33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte)]
@@ -227,40 +228,41 @@ def _character_encoder(backend: Tokenizer) -> Callable[[str], np.ndarray] | None
 class _WordEncoder:
     """Text to ids by a table of the words met so far, for a tokenizer that cuts text into words as GPT-2's does.
 
-    A text has few different words. The tokenizers library (0.23.3) spends most of its time on finding them, 4 times
-    what BPE takes, and looks each of them up again (numbers in benchmarks/RESULTS.md).
+    A text has few different words. The tokenizers library (0.23.3) spends most of its time on finding them, and looks
+    each of them up again.
     """
 
     def __init__(self, backend: Tokenizer):
         self.backend, self.model = backend, backend.model
-        self.words: dict[str, bytes] = {}  # the ids, int32
-        self.subwords: dict[str, bytes] = {}
-        self.characters = 0
+        self.known: dict[str, bytes] = {}  # ids, int32
+        self.characters = 0  # of the words that are known
 
     def __call__(self, text: str) -> np.ndarray:
         ids = []
         for piece in pieces(text):
-            words = _WORD.findall(piece)
+            words = (_SUBWORD if _PLAIN.fullmatch(piece) else _WORD).findall(piece)
             if self.characters > KNOWN_CHARACTERS:
-                self.words, self.subwords, self.characters = {}, {}, 0
-            self._learn(set(words).difference(self.words))
-            ids.append(b"".join(map(self.words.__getitem__, words)))
+                self.known, self.characters = {}, 0
+            if new := set(words).difference(self.known):
+                self._learn(new)
+            ids.append(b"".join(map(self.known.__getitem__, words)))
         return np.frombuffer(bytearray().join(ids), dtype=np.int32)
 
     def _learn(self, words: set[str]) -> None:
         self.characters += sum(map(len, words))
         plain = set(filter(_PLAIN.fullmatch, words))
         for word in plain:
-            self.words[word] = b"".join(map(self._subword_ids, _SUBWORD.findall(word)))
+            self.known[word] = b"".join(map(self._subword_ids, _SUBWORD.findall(word)))
         others = list(words - plain)
         for word, ids in zip(others, _library_ids(self.backend, others), strict=True):
-            self.words[word] = ids.tobytes()
+            self.known[word] = ids.tobytes()
 
     def _subword_ids(self, subword: str) -> bytes:
-        ids = self.subwords.get(subword)
+        ids = self.known.get(subword)
         if ids is None:
             tokens = self.model.tokenize(subword.encode().decode("latin-1").translate(SPELLING))
-            ids = self.subwords[subword] = np.array([token.id for token in tokens], dtype=np.int32).tobytes()
+            ids = self.known[subword] = np.array([token.id for token in tokens], dtype=np.int32).tobytes()
+            self.characters += len(subword)
         return ids
 
 
