@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import nanogpt_hf
 
@@ -79,6 +80,7 @@ def main() -> None:
         layouts = {"one": ("gpu", 1)} | {f"DDP x {n}": ("gpus_ddp", n) for n in counts}
         layouts |= {f"FSDP2 x {n}": ("gpus_fsdp2", n) for n in counts}
         layouts["FSDP2 x 2, checkpointing"] = ("gpus_fsdp2_checkpointing", 2)
+    disable_progress_bar()
     failures = 0
 
     def check(good: bool, sentence: str) -> None:
