@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -115,7 +115,11 @@ class Stepper:
         if not (self.accelerator.device.type == "cuda" if wanted is None else wanted):
             return
         lm = causal_lm(self.accelerator.unwrap_model(self.model))
-        self.compiled = [module for module in lm.modules() if type(module).__name__ in lm._no_split_modules]
+        self.compiled = [
+            module
+            for module in lm.modules()
+            if type(module).__name__.removeprefix("FSDP") in lm._no_split_modules
+        ]
         batch = self.stream.batch(self.settings.seed, 0, self.batch_size, self.rows[: self.micro_batch])
         try:
             for block in self.compiled:
@@ -137,7 +141,7 @@ class Stepper:
     def _may_capture(self) -> bool:
         """One CUDA device, one micro-batch a step, and no scaling that the host decides on."""
         accelerator = self.accelerator
-        alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+        alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
         return alone and accelerator.scaler is None and self.micro_batch >= self.batch_size
 
     def _capture(self, batch: Batch) -> None:
@@ -193,13 +197,18 @@ def accumulate_gradients(
                 input_ids=x,
                 shift_labels=y,
                 num_items_in_batch=tokens,
-                # The gradient of a token's loss is too small for float16 before it is scaled up.
-                loss_from_hidden_states=linear_cross_entropy if accelerator.scaler is None else None,
+                loss_from_hidden_states=None if keeps_logits(accelerator) else linear_cross_entropy,
                 use_cache=False,
             ).loss
             accelerator.backward(loss * accelerator.num_processes)  # data parallelism averages over processes
         total += loss.detach()
     return total
+
+
+def keeps_logits(accelerator: Accelerator) -> bool:
+    """Whether the head has to be called as a module: FSDP2 gathers its weights then. And in float16 the gradient
+    of one token's loss is too small before it is scaled up."""
+    return accelerator.is_fsdp2 or accelerator.scaler is not None
 
 
 def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
