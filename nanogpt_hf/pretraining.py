@@ -169,9 +169,8 @@ def finish(accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model,
     if not accelerator.is_main_process:
         return
     folder = Path(settings.output_dir)
-    model = load_model_and_tokenizer(str(folder))[0].to(
-        accelerator.device
-    )  # whole, where the other is sharded
+    model, _ = load_model_and_tokenizer(str(folder))  # whole, where the trained one may be sharded
+    model.to(accelerator.device)
     samples = generate_text(
         model,
         tokenizer,
