@@ -229,9 +229,8 @@ def finish(
     if not accelerator.is_main_process:
         return
     folder = Path(settings.output_dir)
-    model = load_model_and_tokenizer(str(folder))[0].to(
-        accelerator.device
-    )  # whole, where the other is sharded
+    model, _ = load_model_and_tokenizer(str(folder))  # whole, where the trained one may be sharded
+    model.to(accelerator.device)
     texts = {"samples.txt": sample(model, tokenizer, settings.seed)}
     if settings.model_name_or_path:
         texts["samples_before.txt"] = sample_base(accelerator, settings)
