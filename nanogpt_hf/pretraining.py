@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
@@ -222,6 +223,12 @@ def bits_words(rows: Sequence[Mapping], corpus: Corpus) -> list[str]:
     return [f"bits a byte     {before:.4f} before the first step, {min(after, default=before):.4f} at best"]
 
 
+def memory_words(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return []
+    return [f"peak memory     {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"]
+
+
 def finish(
     accelerator: Accelerator, settings, corpus: Corpus, tokenizer, model, progress: Progress, merge: bool
 ) -> None:
@@ -249,6 +256,7 @@ def finish(
         f"validation loss {progress.best_loss:.4f} nats a token, best at step {progress.best_step} of {progress.step}; "
         f"{progress.elapsed_s / 60:.1f} minutes",
         *bits_words(rows, corpus),
+        *memory_words(accelerator.device),
         f"run folder      {folder}",
         f"more samples    python recipes/sample.py --model {folder}",
     )
