@@ -12,10 +12,10 @@ and what the end-of-text tokens cost is in the validation loss, so bits a byte c
 
 GPT-2's tokenizer spends 1.10 tokens on a character of tiny Pushkin (0.30 on Shakespeare); with 1,024 more, 0.47.
 
-The defaults come from a GPT-2 of 0.9M parameters that knew Shakespeare only (benchmarks/RESULTS.md). Rank 16 was
-better than 64. Without --extend_vocabulary it learned next to nothing, for it had never seen a Cyrillic letter. Its
-best learning rate was 1e-2; the default, 2e-3, is that scaled to GPT-2's width, and like the 3 epochs it was not
-measured on GPT-2 itself. Early stopping, and keeping the best model, guard against too many.
+The defaults come from a GPT-2 of 0.9M parameters that knew Shakespeare only (benchmarks/RESULTS.md). Its best
+learning rate was 1e-2, and there rank 16 was better than 64. Without --extend_vocabulary it learned next to nothing,
+for it had never seen a Cyrillic letter. The default of 2e-3 is 1e-2 scaled to GPT-2's width; like the 3 epochs it was
+not measured on GPT-2 itself. Early stopping, and keeping the best model, guard against too many.
 """
 
 from collections.abc import Mapping
