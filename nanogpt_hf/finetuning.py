@@ -23,7 +23,7 @@ def finetune(settings: FinetuningSettings) -> Progress:
     """
     base = settings.model_name_or_path
     kind = "full" if settings.full else "lora"
-    settings.output_dir = settings.output_dir or default_folder(settings.corpus, base, kind)
+    settings.output_dir = settings.output_dir or default_folder(settings, base, kind)
     if settings.push_to_hub and os.path.isdir(base) and not settings.full and not settings.merge:
         raise ValueError(
             f"--push_to_hub would share an adapter whose base, {base}, is a folder of this machine: push the base and "

@@ -40,7 +40,7 @@ def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
     Raises:
         ValueError: for a user's mistake, before anything is written.
     """
-    settings.output_dir = settings.output_dir or default_folder(settings.corpus, settings.tokenizer)
+    settings.output_dir = settings.output_dir or default_folder(settings)
     size = [f"size       {reason}"] if reason else []
     return carry_out(settings, lambda corpus: (*make_tokenizer_and_model(settings, corpus), size))
 
@@ -113,8 +113,9 @@ def pretrain_from_command_line(
     return pretrain(settings, f"preset {settings.preset}, {why}")
 
 
-def default_folder(corpus: str, *parts: str) -> str:
-    names = [Path(corpus.rstrip("/*")).stem or "corpus", *(Path(part).name for part in parts)]
+def default_folder(settings: TrainingSettings, *parts: str) -> str:
+    corpus = Path(settings.corpus.rstrip("/*")).stem or "corpus"
+    names = [corpus, *(Path(part).name for part in parts or [settings.tokenizer])]
     return str(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(names)))
 
 
