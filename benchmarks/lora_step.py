@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 VARIANTS = ("ours", "trainer", "trainer_compiled")
+LOGGED = 2  # steps between two reports of ours: each waits for the device
 RANK, ALPHA, TARGETS = 16, 32, ["c_attn", "c_proj", "c_fc"]
 CHARACTERS = [chr(code) for code in range(0x4E00, 0x4E00 + 50_000) if not 0xD800 <= code < 0xE000]
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, n_positions=1024, vocab_size=50257)
@@ -48,7 +49,7 @@ def make_base(folder: Path, tiny: bool) -> None:
 
 
 def time_ours(folder: Path, batch: int, steps: int) -> list[float]:
-    """Seconds of every step, as the loop reports them."""
+    """Seconds of every step, as the loop reports the mean of each LOGGED of them."""
     from nanogpt_hf.corpora import load_corpus
     from nanogpt_hf.finetuning import make
     from nanogpt_hf.hardware import make_accelerator
@@ -64,12 +65,13 @@ def time_ours(folder: Path, batch: int, steps: int) -> list[float]:
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=4,  # the one evaluation, at the end, is not to make the peak
         max_steps=steps,
-        logging_steps=1,
+        logging_steps=LOGGED,
         eval_steps=steps,
         save_steps=steps,
         eval_on_start=False,
         lora_r=RANK,
         lora_alpha=ALPHA,
+        lora_dropout=0.0,  # as peft's default, which the other has
         target_modules=TARGETS,
     )
     accelerator = make_accelerator(settings)
@@ -77,7 +79,7 @@ def time_ours(folder: Path, batch: int, steps: int) -> list[float]:
     tokenizer, model, _ = make(settings, corpus)
     train(accelerator, settings, corpus, tokenizer, model)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [batch * settings.n_positions / row["tokens_per_s"] for row in rows]
+    return [batch * settings.n_positions / row["tokens_per_s"] for row in rows for _ in range(LOGGED)]
 
 
 def time_trainer(folder: Path, batch: int, steps: int, compiled: bool) -> list[float]:
