@@ -1,8 +1,10 @@
 """Cross-entropy fused with the head: the logits exist a chunk of rows at a time and never in float32.
 
 torch's own torch.nn.functional.linear_cross_entropy does it from torch 2.13 on, in several passes over the logits.
-This is one kernel on CUDA, which reads and writes them once (Triton comes with torch there).
+This is one kernel on CUDA, which reads and writes them once, wherever Triton can make it.
 """
+
+import functools
 
 import torch
 from torch.nn import functional as F
@@ -69,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Losses (N) of logits (N V), which become the gradient of the losses' sum times scale; -100 is no target."""
-    if logits.is_cuda:
+    if logits.is_cuda and _kernel_works():
         return _softmax_gradient_in_one_kernel(logits, targets, scale)
     counts = targets != -100
     places = targets.clamp(min=0)[:, None]
@@ -78,6 +80,17 @@ def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, scale: torch.
     gradient = logs.exp_().scatter_add_(1, places, logs.new_full(places.shape, -1.0))
     logits.copy_(gradient * (counts * scale)[:, None])
     return losses
+
+
+@functools.cache
+def _kernel_works() -> bool:
+    """Whether Triton is here (torch on Windows has none), and the C compiler that it needs."""
+    one = torch.zeros(1, 1, device="cuda")
+    try:
+        _softmax_gradient_in_one_kernel(one, torch.zeros(1, dtype=torch.long, device="cuda"), one.sum())
+    except Exception:  # as many kinds as there are reasons
+        return False
+    return True
 
 
 def _softmax_gradient_in_one_kernel(logits, targets, scale):

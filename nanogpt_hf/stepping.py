@@ -148,10 +148,13 @@ class Stepper:
         def step(x, y):
             return accumulate_gradients(self.accelerator, self.model, [(x, y)]), self._update()
 
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
         try:
             make_capturable(self.optimizers)
             self.graph = CapturedStep(step, batch)
         except Exception as error:
+            generator.graphsafe_set_state(before)  # the one in use still waits for the end of the recording
             say(self.accelerator, f"no CUDA graph ({_brief(error)}): training goes on without it")
             self.model.zero_grad()
 

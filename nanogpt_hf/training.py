@@ -39,7 +39,7 @@ def train(
         ValueError: settings, corpus, folder and hardware do not fit together, or the loss was not finite.
         SystemExit: 128 + the signal's number, after SIGTERM or SIGINT, once a checkpoint is written.
     """
-    T, folder = settings.n_positions or model.config.max_position_embeddings, Path(settings.output_dir)
+    T = settings.n_positions or model.config.max_position_embeddings
     train_stream = TokenStream(corpus.ids("train", tokenizer), T, accelerator.device)
     eval_stream = validation_stream(tokenizer, corpus, T, accelerator.device)
     tokens_per_step = global_batch_size(settings, accelerator) * T
@@ -61,18 +61,7 @@ def train(
     log = RunLog(accelerator, settings, tokens_per_step, progress)
 
     def evaluate() -> dict[str, float]:
-        split = evaluate_split(
-            model,
-            eval_stream,
-            corpus.characters("validation"),
-            settings.per_device_eval_batch_size,
-            accelerator,
-        )
-        if not math.isfinite(split.loss):
-            raise ValueError(not_finite("validation loss", progress.step))
-        if note_evaluation(progress, split.loss):
-            save_best(accelerator, model, tokenizer, folder)
-        return {"eval_loss": split.loss, "eval_bits_per_char": split.bits_per_char}
+        return keep_if_best(accelerator, settings, corpus, tokenizer, model, eval_stream, progress)
 
     patience = settings.early_stopping_patience or float("inf")
     ended = progress.step >= settings.max_steps or progress.evaluations_since_best >= patience
@@ -97,12 +86,8 @@ def train(
                 ended |= progress.evaluations_since_best >= patience
             if stop_or_save or ended:
                 progress.elapsed_s = log.elapsed_s
-                progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
                 log.sync()
-                newest = folder / "checkpoints" / f"step-{step}"
-                save_checkpoint(accelerator, model, optimizers, tokenizer, progress, newest)
-                if accelerator.is_main_process:
-                    prune(newest, settings.save_total_limit)
+                write_checkpoint(accelerator, settings, model, optimizers, tokenizer, progress)
                 log.restart_clock()
             if interruption.signal:
                 log.close()
@@ -122,6 +107,40 @@ def train(
         )
     log.close()
     return progress
+
+
+def keep_if_best(
+    accelerator: Accelerator,
+    settings,
+    corpus: Corpus,
+    tokenizer,
+    model,
+    stream: TokenStream,
+    progress: Progress,
+) -> dict[str, float]:
+    """Evaluate the whole validation split; the best model so far goes to the top of the run folder.
+
+    Raises:
+        ValueError: the loss was not finite.
+    """
+    characters, batch_size = corpus.characters("validation"), settings.per_device_eval_batch_size
+    split = evaluate_split(model, stream, characters, batch_size, accelerator)
+    if not math.isfinite(split.loss):
+        raise ValueError(not_finite("validation loss", progress.step))
+    if note_evaluation(progress, split.loss):
+        save_best(accelerator, model, tokenizer, Path(settings.output_dir))
+    return {"eval_loss": split.loss, "eval_bits_per_char": split.bits_per_char}
+
+
+def write_checkpoint(
+    accelerator: Accelerator, settings, model, optimizers, tokenizer, progress: Progress
+) -> None:
+    """A checkpoint of this step; of the older ones --save_total_limit decides what stays."""
+    progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+    newest = Path(settings.output_dir) / "checkpoints" / f"step-{progress.step}"
+    save_checkpoint(accelerator, model, optimizers, tokenizer, progress, newest)
+    if accelerator.is_main_process:
+        prune(newest, settings.save_total_limit)
 
 
 def save_best(accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

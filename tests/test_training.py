@@ -5,9 +5,17 @@ import torch
 from accelerate import Accelerator
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.optimization import Muon, make_optimizers, make_schedule, orthogonalize, set_learning_rates
-from nanogpt_hf.settings import TrainingSettings
-from nanogpt_hf.stepping import accumulate_gradients, step_seed
+from nanogpt_hf.optimization import (
+    Muon,
+    make_capturable,
+    make_optimizers,
+    make_schedule,
+    orthogonalize,
+    set_learning_rates,
+)
+from nanogpt_hf.settings import TrainingSettings, parse
+from nanogpt_hf.stepping import Stepper, accumulate_gradients, step_seed
+from nanogpt_hf.token_stream import TokenStream
 
 
 def make():
@@ -117,3 +125,87 @@ def test_muon_takes_the_steps_of_torchs_muon():
     for theirs, ours in zip(*models, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)  # bfloat16 rounds in another order
         assert (ours - theirs).norm() < 5e-3 * theirs.norm()
+
+
+def steps_taken(optim, prepare=lambda optimizers: None):
+    """The weights after three steps with rates that change."""
+    model = make()
+    optimizers = make_optimizers(model, TrainingSettings(optim=optim, weight_decay=0.3))
+    prepare(optimizers)
+    x, y = ragged_batch(8)
+    for factor in (0.5, 1.0, 0.25):
+        set_learning_rates(optimizers, factor)
+        accumulate_gradients(Accelerator(cpu=True), model, [(x, y)])
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+    return list(model.parameters())
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_rates_kept_on_the_device_give_the_same_steps(optim):
+    torch.testing.assert_close(steps_taken(optim), steps_taken(optim, make_capturable), rtol=1e-4, atol=5e-6)
+
+
+def tiny_run(tmp_path, *words):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question.\n" * 60, encoding="utf-8")
+    return parse(
+        TrainingSettings,
+        None,
+        [*("--corpus", str(text), "--max_steps", "8", "--per_device_train_batch_size", "4"), *words],
+    )
+
+
+def stepper(settings, model=None):
+    accelerator = Accelerator(cpu=True)
+    model = model or make()
+    ids = torch.randint(0, 50, (2000,), generator=torch.Generator().manual_seed(2)).numpy()
+    optimizers = make_optimizers(model, settings)
+    return Stepper(
+        accelerator, settings, model, optimizers, TokenStream(ids, 16), make_schedule(settings)
+    ), model
+
+
+def test_a_compiled_block_takes_the_steps_of_an_eager_one_and_is_eager_again_in_the_end(tmp_path):
+    compiled, model = stepper(tiny_run(tmp_path, "--torch_compile", "--torch_compile_backend", "aot_eager"))
+    eager, other = stepper(tiny_run(tmp_path, "--torch_compile", "false"))
+    assert all(block._compiled_call_impl is not None for block in model.transformer.h)
+    for step in range(3):
+        torch.testing.assert_close(compiled(step), eager(step), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(list(model.parameters()), list(other.parameters()), rtol=1e-4, atol=1e-5)
+    compiled.release()
+    assert all(block._compiled_call_impl is None for block in model.transformer.h)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_a_recorded_step_is_the_step_itself(architecture, optim):
+    """Dropout included: a replay draws the random numbers of its own step."""
+    results = []
+    for steps_before_capture in (3, -1):
+        torch.manual_seed(0)
+        config = NanoGPTConfig(
+            architecture=architecture, vocab_size=50, n_positions=16, n_embd=64, n_layer=2, n_head=2,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        settings = TrainingSettings(optim=optim, per_device_train_batch_size=8, torch_compile=False)
+        accelerator = Accelerator()
+        model, *optimizers = accelerator.prepare(
+            *(lambda m: (m, *make_optimizers(m, settings)))(NanoGPTForCausalLM(config))
+        )
+        stream = TokenStream(torch.arange(3000).remainder(50).numpy(), 16, accelerator.device)
+        take_step = Stepper(
+            accelerator,
+            settings,
+            model,
+            [o.optimizer for o in optimizers],
+            stream,
+            lambda step: 1 / (step + 1),
+        )
+        take_step.steps_before_capture = steps_before_capture
+        losses = [take_step(step)[0].item() for step in range(10)]
+        assert (take_step.graph is not None) == (steps_before_capture == 3)
+        results.append((losses, [p.detach().cpu() for p in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
