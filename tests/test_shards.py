@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -139,15 +140,24 @@ def slowly():
     preparation.TASK, preparation.COMMIT_SECONDS = 1000, 0.0
 
 
+def written(folder: Path) -> int:
+    """Bytes of the shards in a folder that another process may be changing."""
+    size = 0
+    for path in folder.glob("*.bin"):
+        with suppress(FileNotFoundError):  # what was not committed is taken away again
+            size += path.stat().st_size
+    return size
+
+
 def test_kills_at_any_moment_leave_the_same_bytes(corpus, shards, tmp_path):
     folder, rng, killed = tmp_path / "killed", random.Random(os.environ.get("NANOGPT_HF_SEED", 7)), 0
     words = f"--corpus {corpus} --tokenizer {TOKENIZER} --output_dir {folder} --shard_tokens 700 --num_proc 1"
-    whole = sum(path.stat().st_size for path in shards.glob("*.bin"))
+    whole = written(shards)
     while True:
-        before = sum(path.stat().st_size for path in folder.glob("*.bin"))
+        before = written(folder)
         run = Run(words.split(), recipe="prepare_corpus.py", prepare=(slowly,))
         goal = before + rng.randint(1, whole // 3)
-        while run.process.is_alive() and sum(p.stat().st_size for p in folder.glob("*.bin")) < goal:
+        while run.process.is_alive() and written(folder) < goal:
             time.sleep(0.001)
         if run.process.is_alive():
             run.signal(signal.SIGKILL)
