@@ -20,7 +20,7 @@ from .token_stream import TokenStream
 from .tokenization import encode_with_spans
 
 LONGEST_CONTEXT = 2048  # tokens, unless more is asked for: the attention of newer models' own would not fit
-LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
+WINDOWS_AT_ONCE = 64
 
 # Of results.json -> heading and format in the table.
 COLUMNS = {
@@ -65,12 +65,6 @@ def context_of(model: PreTrainedModel, wanted: int | None) -> int:
     return wanted or min(own, LONGEST_CONTEXT)
 
 
-def fitting_batch_size(model: PreTrainedModel, context: int) -> int:
-    """Windows whose logits take at most 1 GiB."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    return min(64, max(1, LOGITS_AT_ONCE // (context * vocabulary)))
-
-
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -95,7 +89,7 @@ def measure(
         model,
         stream,
         corpus.characters("validation"),
-        batch_size or fitting_batch_size(model, context),
+        batch_size or WINDOWS_AT_ONCE,
         accelerator,
         min(stride or context, stream.block_size),
     )
@@ -200,7 +194,7 @@ def surprise(
     bits[: spans[0][1]] = math.nan
     if len(ids) > 1:
         stream = TokenStream(ids, min(context, len(ids) - 1), model.device)
-        nats = token_losses(model, stream, fitting_batch_size(model, context), max(1, stream.block_size // 2))
+        nats = token_losses(model, stream, WINDOWS_AT_ONCE, max(1, stream.block_size // 2))
         for (left, right), value in zip(spans[1:], nats / math.log(2), strict=True):
             bits[left:right] += value / (right - left)
     return bits[start:]

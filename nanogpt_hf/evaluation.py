@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from .corpora import Corpus
 from .token_stream import TokenStream
 
+LOGITS_AT_ONCE = 2**28  # 1 GiB in float32: GPT-2's 50,257 tokens leave room for 5 windows of 1,024
+
 
 @dataclass(frozen=True)
 class SplitLoss:
@@ -77,6 +79,8 @@ def _losses(
     model: torch.nn.Module, stream: TokenStream, numbers: np.ndarray, batch_size: int, stride: int | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of some windows of the stream, batch by batch: nats (B T), and whether they count (B T)."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    batch_size = min(batch_size, max(1, LOGITS_AT_ONCE // (stream.block_size * vocabulary)))
     for start in range(0, len(numbers), batch_size):
         x, y = stream.window_batch(numbers[start : start + batch_size], stride)
         logits = model(input_ids=x, use_cache=False).logits
@@ -102,7 +106,7 @@ def evaluate_split(
     Args:
         characters: of the text that the stream encodes. The first token's are among them, though it is given
             and not predicted.
-        batch_size: windows a process computes at once.
+        batch_size: windows a process computes at once; fewer where their logits would take more than 1 GiB.
         stride: tokens from one window to the next. Less than T makes windows overlap, so that every token is
             predicted from at least T - stride before it, where there are so many; the default is T.
     """

@@ -29,7 +29,7 @@ def finetune(settings: FinetuningSettings) -> Progress:
             f"--push_to_hub would share an adapter whose base, {base}, is a folder of this machine: push the base and "
             "give its Hub id, or give --merge."
         )
-    return carry_out(settings, lambda corpus: make(settings, corpus), settings.merge and not settings.full)
+    return carry_out(settings, lambda corpus: make(settings, corpus), settings.merge)
 
 
 def make(settings: FinetuningSettings, corpus: Corpus) -> Made:

@@ -352,9 +352,15 @@ def begin(folder: Path, about: dict, overwrite: bool) -> tuple[int | None, dict[
             delete(folder / INDEX)
             delete(folder / PROGRESS)
         known = next((folder / name for name in (INDEX, PROGRESS) if (folder / name).exists()), None)
-        if known is None and any(folder.glob("*.bin")):
-            raise ValueError(f"--output_dir {folder} holds other .bin files: choose another folder.")
         if known is None:
+            # A tokenizer and hidden files may be what is left of a start that was killed.
+            strangers = [
+                path.name for path in folder.glob("*") if not path.name.startswith((".", "tokenizer"))
+            ]
+            if strangers:
+                raise ValueError(
+                    f"--output_dir {folder} holds {min(strangers)}, which is no shard: choose another folder."
+                )
             return 0, {split: Counts() for split in SPLITS}
         state = json.loads(known.read_text(encoding="utf-8"))
         changed = [key for key, value in about.items() if state.get(key) != value]
@@ -392,8 +398,9 @@ def finish(folder: Path, about: dict, writers: dict[str, SplitWriter], counts: d
         raise ValueError(f"{about['corpus']['name']} holds no text.")
     if counts["validation"].tokens < 2:
         raise ValueError(
-            f"no text of {about['corpus']['name']} is held out for validation: give a larger "
-            "--validation_split_percentage, with --overwrite_output_dir."
+            f"no text of {about['corpus']['name']} is held out for validation: give more text or a "
+            "larger --validation_split_percentage, with --overwrite_output_dir; of less than a million characters the "
+            "other recipes need no shards."
         )
     splits = {}
     for split, writer in writers.items():

@@ -84,6 +84,8 @@ def find_start(
     folder = Path(settings.output_dir)
     try:
         used = check_folder(folder, settings.overwrite_output_dir)
+        if settings.overwrite_output_dir and settings.model_name_or_path:
+            check_base_stays(Path(settings.model_name_or_path), folder)
         if settings.resume_from_checkpoint is None:
             if used and not settings.overwrite_output_dir:
                 raise ValueError(
@@ -162,6 +164,16 @@ def check_folder(folder: Path, overwrite: bool) -> bool:
             "choose another folder."
         )
     return folder.exists() and any(folder.iterdir())
+
+
+def check_base_stays(base: Path, folder: Path) -> None:
+    """Raises ValueError when to overwrite the folder would delete the base that the run starts from."""
+    base, folder = base.resolve(), folder.resolve()
+    deleted = {folder / name for name in MADE_BY_A_RUN}
+    if base == folder or deleted & {base, *base.parents}:
+        raise ValueError(
+            f"--overwrite_output_dir would delete the base {base.name}: give another --output_dir."
+        )
 
 
 def find_checkpoint(accelerator: Accelerator, asked: str, folder: Path, used: bool) -> Path:

@@ -82,7 +82,7 @@ class TrainingSettings:
     per_device_train_batch_size: int = setting(32, "sequences a device and micro-batch")
     gradient_accumulation_steps: int = setting(1, "micro-batches a step")
     per_device_eval_batch_size: int = setting(
-        64, "sequences a device in evaluation; does not change the loss"
+        64, "sequences a device in evaluation, fewer where the vocabulary is large; does not change the loss"
     )
 
     # Optimiser
@@ -133,7 +133,7 @@ class TrainingSettings:
 
     def __post_init__(self):
         for name in (
-            "vocab_size pad_to_multiple_of max_steps per_device_train_batch_size gradient_accumulation_steps "
+            "n_positions vocab_size pad_to_multiple_of max_steps per_device_train_batch_size gradient_accumulation_steps "
             "per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit"
         ).split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -228,6 +228,11 @@ class FinetuningSettings(TrainingSettings):
         if self.full and (self.load_in_4bit or self.load_in_8bit):
             raise ValueError(
                 "--full trains all weights, which --load_in_4bit and --load_in_8bit freeze: give one."
+            )
+        if self.full and self.merge:
+            raise ValueError(
+                "--merge puts an adapter into its base, and --full trains none: leave it out, and give the run to "
+                "recipes/share.py for a plain checkpoint."
             )
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("--load_in_4bit and --load_in_8bit exclude each other: give one of them.")

@@ -38,7 +38,6 @@ GPT2 = dict(
     adam_beta2=0.95,
     max_steps=600_000,
     per_device_train_batch_size=32,  # 124M parameters, bfloat16: fits 80 GB
-    per_device_eval_batch_size=32,
     eval_steps=1000,
     save_steps=1000,
 )
@@ -61,9 +60,10 @@ def defaults(said: Mapping) -> Mapping:
         chosen["tokenizer"] = corpus
         chosen["output_dir"] = f"runs/{Path(corpus).resolve().name}-{preset}"
     if preset != "cpu":
-        each = int(said.get("per_device_train_batch_size", chosen["per_device_train_batch_size"]))
-        at_once = each * int(os.environ.get("WORLD_SIZE", "1"))
-        chosen["gradient_accumulation_steps"] = max(1, round(SEQUENCES / at_once))
+        each = str(said.get("per_device_train_batch_size", chosen["per_device_train_batch_size"]))
+        if each.isdecimal() and int(each):  # what else a user gives is refused with the other settings
+            at_once = int(each) * int(os.environ.get("WORLD_SIZE", "1"))
+            chosen["gradient_accumulation_steps"] = max(1, round(SEQUENCES / at_once))
     return chosen
 
 

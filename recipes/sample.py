@@ -2,7 +2,7 @@
 
     python recipes/sample.py --model runs/tiny_shakespeare-char
     python recipes/sample.py --model runs/tiny_shakespeare-char --prompt "ROMEO:" --max_new_tokens 2000
-    python recipes/sample.py --model openai-community/gpt2 --prompt "Once" --num_return_sequences 3 --stop "\\n\\n"
+    python recipes/sample.py --model openai-community/gpt2 --prompt "Once" --num_return_sequences 3 --stop $'\\n\\n'
 
 Texts may be longer than the model's context: its window slides.
 """

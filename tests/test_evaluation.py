@@ -30,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, evaluation
 from nanogpt_hf.comparison import choose_passage, draw_surprise, measure_samples, short_names, surprise
 from nanogpt_hf.corpora import load_corpus
 from nanogpt_hf.evaluation import evaluate_split, token_losses
@@ -151,6 +151,15 @@ def test_the_loss_is_that_of_a_plain_loop_in_float64_for_any_batch_size(kind, fo
     for split in splits:
         assert split.tokens == len(places)
         assert split.loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_windows_come_fewer_at_once_where_the_vocabulary_is_large(folders, corpus, accelerator, monkeypatch):
+    model, stream = stream_of(folders["char"], corpus)
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 3 * T * model.config.vocab_size + 1)
+    at_once = set()
+    model.register_forward_hook(lambda module, inputs, output: at_once.add(len(output.logits)))
+    evaluate_split(model, stream, corpus.characters("validation"), 64, accelerator)
+    assert max(at_once) == 3
 
 
 @pytest.mark.parametrize("stride", [1, 5, T])

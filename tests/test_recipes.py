@@ -196,6 +196,17 @@ def bad_inputs(tmp_path, text, run_folder):
         ([*corpus, "--max_stepp", "3"], "did you mean --max_steps"),
         ([*corpus, "--validation_split_percentage", "100"], "1 to 99"),
         ([*corpus, "--fp16"], "needs a GPU"),
+        (
+            [
+                *corpus,
+                "--model_name_or_path",
+                run_folder,
+                "--output_dir",
+                run_folder,
+                "--overwrite_output_dir",
+            ],
+            "would delete the base",
+        ),
     ]
 
 

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from nanogpt_hf.shards import open_shards, width_of
 from nanogpt_hf.token_stream import MappedIds, TokenStream
 from nanogpt_hf.tokenization import encode, encode_documents, load_tokenizer
 from recipes.pretrain import defaults
+from recipes.pretrain import main as pretrain_main
 
 TOKENIZER = str(Path(__file__).parents[1] / "tokenizers" / "tiny_shakespeare-bpe-1024")
 WORDS = "To be or not to be, that's the question:\tмороз и солнце 👩‍👩‍👧 \x1c 1st\r\n<|endoftext|> ".split(
@@ -252,6 +254,16 @@ def test_bad_input_is_one_sentence(tmp_path, text, options, says):
     assert re.search(says, error), error
 
 
+def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("a model's")
+    with pytest.raises(ValueError, match="holds config.json, which is no shard"):
+        prepare(str(corpus), TOKENIZER, str(tmp_path))
+    with pytest.raises(ValueError, match="holds config.json, which is no shard"):
+        prepare(str(corpus), TOKENIZER, str(tmp_path), overwrite=True)
+    assert (tmp_path / "tokenizer.json").read_text() == "a model's"
+
+
 # --- read ---
 
 
@@ -353,3 +365,10 @@ def test_a_step_has_half_a_million_tokens_on_any_number_of_devices(monkeypatch, 
     chosen = defaults({"preset": "gpt2"} | said)
     batch = int(said.get("per_device_train_batch_size", chosen["per_device_train_batch_size"]))
     assert chosen["gradient_accumulation_steps"] * batch * world * 1024 == 2**19
+
+
+def test_a_batch_of_none_is_refused_as_any_other_mistake(shards, tmp_path, monkeypatch):
+    words = f"pretrain.py --preset gpt2 --corpus {shards} --output_dir {tmp_path}/run --per_device_train_batch_size 0"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(ValueError, match="--per_device_train_batch_size is 0"):
+        pretrain_main()
