@@ -361,6 +361,7 @@ def begin(folder: Path, about: dict, overwrite: bool) -> tuple[int | None, dict[
                 raise ValueError(
                     f"--output_dir {folder} holds {min(strangers)}, which is no shard: choose another folder."
                 )
+            folder.mkdir(parents=True, exist_ok=True)
             return 0, {split: Counts() for split in SPLITS}
         state = json.loads(known.read_text(encoding="utf-8"))
         changed = [key for key, value in about.items() if state.get(key) != value]

@@ -76,6 +76,13 @@ class Stepper:
             ValueError: out of memory, and --auto_find_batch_size may not or cannot help.
         """
         set_learning_rates(self.optimizers, self.rate_factor(step))
+        while (taken := self._try(step)) is None:  # outside of `except`, which keeps what was allocated
+            self.micro_batch = smaller_batch(self.accelerator, self.settings, self.micro_batch)
+            self.model.zero_grad()
+        return taken
+
+    def _try(self, step: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Loss and norm, or None where memory ran out before the weights changed."""
         torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))
         try:
             micro_batches = [
@@ -93,9 +100,7 @@ class Stepper:
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            self.micro_batch = smaller_batch(self.accelerator, self.settings, self.micro_batch)
-            self.model.zero_grad()
-            return self(step)
+            return None
         return loss, self._update()
 
     def _update(self) -> torch.Tensor:
@@ -126,10 +131,9 @@ class Stepper:
                 block.compile(backend=self.settings.torch_compile_backend)
             accumulate_gradients(self.accelerator, self.model, [batch])
         except Exception as error:
-            if should_reduce_batch_size(error):
-                raise
-            self.release()
-            say(self.accelerator, f"torch.compile failed ({_brief(error)}): training goes on without it")
+            if not should_reduce_batch_size(error):  # the first step will meet that again, and answers it
+                self.release()
+                say(self.accelerator, f"torch.compile failed ({_brief(error)}): training goes on without it")
         self.model.zero_grad()
 
     def release(self) -> None:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -331,8 +332,13 @@ def test_max_minutes(corpus, undisturbed, tmp_path):
 def fail_above(sequences: int):
     """A model's memory ends where a batch has more sequences than that."""
 
+    held = []
+
     def hook(module, args, kwargs):
+        assert not any(memory() is not None for memory in held), "what a failed try took was not given back"
         if module.training and kwargs["input_ids"].shape[0] > sequences:
+            memory = torch.zeros(1)
+            held.append(weakref.ref(memory))
             raise RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
             )
@@ -348,8 +354,10 @@ def test_out_of_memory_names_the_setting(corpus, tmp_path):
         train_here(training_words(tmp_path / "run", corpus, *EXACT), change_model=fail_above(4))
 
 
-def test_auto_find_batch_size_keeps_the_mathematics(corpus, tmp_path):
+@pytest.mark.parametrize("compiled", [[], ["--torch_compile", "--torch_compile_backend", "eager"]])
+def test_auto_find_batch_size_keeps_the_mathematics(corpus, tmp_path, compiled):
     words = [training_words(tmp_path / name, corpus, *EXACT, "--auto_find_batch_size") for name in "ab"]
+    words[1] += compiled
     train_here(words[0])
     train_here(words[1], change_model=fail_above(4))
     for name in ("train_loss", "grad_norm", "eval_loss"):
