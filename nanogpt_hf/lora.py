@@ -107,6 +107,7 @@ def find_targets(model: nn.Module, names: list[str]) -> list[str]:
         for target in SHORT_NAMES.get(name, [name]):
             if not any(f".{module}".endswith(f".{target}") for module in projections):
                 ends = {".".join(module.split(".")[-n:]) for module in projections for n in (1, 2)}
+                ends -= {"lm_head"} if model.config.tie_word_embeddings else set()
                 known = sorted([*SHORT_NAMES, *(end for end in ends if not end[0].isdigit())])
                 near = difflib.get_close_matches(target, known, n=3) or known
                 raise ValueError(

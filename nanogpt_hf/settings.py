@@ -279,7 +279,7 @@ def _from_yaml(path: str, known: Sequence[str]) -> dict:
     values.pop("record", None)
     for key in values:
         if key not in known:
-            raise ValueError(f"{path} sets {key!r}, which is no setting{_nearest(str(key), known)}.")
+            raise ValueError(f"{path} sets {key!r}, which is no setting{_nearest(str(key), known)}")
         words = values[key] if isinstance(values[key], list) else [values[key]]
         if any(isinstance(word, (dict, list, set, tuple)) for word in words):
             raise ValueError(f"{path} gives {key} something else than a value or a list of values.")
@@ -288,7 +288,7 @@ def _from_yaml(path: str, known: Sequence[str]) -> dict:
 
 def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"; did you mean {prefix}{near[0]}?" if near else "."
 
 
 def _as_words(values: Mapping) -> list[str]:
@@ -335,7 +335,7 @@ def parse(
         for word in unknown:
             name = word.split("=")[0]
             near = _nearest(name.lstrip("-").replace("-", "_"), known, "--")
-            raise ValueError(f"there is no setting {name}{near}.")
+            raise ValueError(f"there is no setting {name}{near}")
         return vars(namespace)
 
     actual = {name: parser.get_default(name) for name in known}

@@ -32,7 +32,9 @@ class ShareSettings:
             raise ValueError("--model is missing: give a run folder.")
         if self.hub_model_id is None and self.output_dir is None:
             raise ValueError("there is nothing to do: give --hub_model_id, --output_dir or both.")
-        if self.output_dir and Path(self.output_dir).exists() and any(Path(self.output_dir).iterdir()):
+        if self.output_dir and Path(self.output_dir).is_file():
+            raise ValueError(f"--output_dir {self.output_dir} is a file: give a folder.")
+        if self.output_dir and Path(self.output_dir).is_dir() and any(Path(self.output_dir).iterdir()):
             raise ValueError(f"--output_dir {self.output_dir} is not empty: choose another folder.")
 
 

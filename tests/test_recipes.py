@@ -247,6 +247,15 @@ def test_bad_input_to_sample(tmp_path, run_folder, capsys):
         assert message in said and "\n" not in said, said
 
 
+def test_bad_input_to_share(tmp_path, run_folder, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    for folder, message in [(tmp_path / "file", "is a file"), (run_folder, "is not empty")]:
+        assert run("share.py", "--model", run_folder, "--output_dir", folder) == 2
+        said = capsys.readouterr().err.strip()
+        assert message in said and "\n" not in said, said
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
 def test_one_and_two_processes_with_the_same_global_batch_give_the_same_losses(text, tmp_path):
     losses = []
     for processes, batch in ((1, 8), (2, 4)):

@@ -41,7 +41,7 @@ def test_defaults_may_depend_on_what_was_said():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--max_step", "3"], "there is no setting --max_step; did you mean --max_steps"),
+        (["--max_step", "3"], r"there is no setting --max_step; did you mean --max_steps\?$"),
         (["--learning-rat=1"], "did you mean --learning_rate"),
         (["--zzz"], "there is no setting --zzz"),
         (["--max_steps", "-5"], "--max_steps is -5, it must be at least 1"),

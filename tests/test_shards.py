@@ -262,6 +262,8 @@ def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):
     with pytest.raises(ValueError, match="holds config.json, which is no shard"):
         prepare(str(corpus), TOKENIZER, str(tmp_path), overwrite=True)
     assert (tmp_path / "tokenizer.json").read_text() == "a model's"
+    with pytest.raises(ValueError, match="config.json cannot be used"):
+        prepare(str(corpus), TOKENIZER, str(tmp_path / "config.json"))
 
 
 # --- read ---
