@@ -90,6 +90,10 @@ def load_corpus(
     there is no such corpus or text.
     """
     if is_shards(corpus):
+        if document_end:
+            raise ValueError(
+                f"--document_end is set, but {corpus} holds shards, whose documents have their ends: leave it out."
+            )
         return open_shards(corpus)
     percent = validation_split_percentage
     if not isinstance(percent, int) or not 1 <= percent <= 99:

@@ -369,6 +369,11 @@ def test_a_step_has_half_a_million_tokens_on_any_number_of_devices(monkeypatch, 
     assert chosen["gradient_accumulation_steps"] * batch * world * 1024 == 2**19
 
 
+def test_documents_of_shards_have_their_ends(shards):
+    with pytest.raises(ValueError, match="--document_end is set"):
+        load_corpus(str(shards), document_end="\n\n")
+
+
 def test_a_batch_of_none_is_refused_as_any_other_mistake(shards, tmp_path, monkeypatch):
     words = f"pretrain.py --preset gpt2 --corpus {shards} --output_dir {tmp_path}/run --per_device_train_batch_size 0"
     monkeypatch.setattr(sys, "argv", words.split())
