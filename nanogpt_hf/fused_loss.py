@@ -78,7 +78,7 @@ def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, scale: torch.
     logs = logits.float().log_softmax(dim=-1)
     losses = -logs.gather(1, places)[:, 0] * counts
     gradient = logs.exp_().scatter_add_(1, places, logs.new_full(places.shape, -1.0))
-    logits.copy_(gradient * (counts * scale)[:, None])
+    logits.copy_(gradient.mul_((counts * scale)[:, None]))
     return losses
 
 
