@@ -1,5 +1,6 @@
 """The planner against what was published, against what a step on the CPU really holds, and its command line."""
 
+import functools
 import json
 import runpy
 from pathlib import Path
@@ -50,13 +51,18 @@ def small_config(architecture="gpt2", **fields):
     return preset_config("cpu", architecture=architecture, **NO_DROPOUT, **sizes | fields)
 
 
+@functools.cache
+def size_of(preset):
+    return measure_size(preset_config(preset, **NO_DROPOUT))
+
+
 # --- published sizes and runs ---
 
 
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.parameters])
 def test_every_preset_has_the_size_that_it_is_known_by(name):
     known = find_preset(name).parameters
-    count = measure_size(preset_config(name)).parameters
+    count = size_of(name).parameters
     assert count == pytest.approx(float(known[:-1]) * {"M": 1e6, "B": 1e9}[known[-1]], rel=0.02)
     if name in TABLE_D1:
         assert count == pytest.approx(TABLE_D1[name][0] * 1e6, rel=0.005)
@@ -64,7 +70,7 @@ def test_every_preset_has_the_size_that_it_is_known_by(name):
 
 @pytest.mark.parametrize("name", TABLE_D1)
 def test_flops_of_gpt3(name):
-    size = measure_size(preset_config(name))
+    size = size_of(name)
     (by_gpt3, by_chinchilla) = plan_budgets(size, 1, GPUS["a100"], 0.5, find_preset(name).batch_tokens)
     assert by_gpt3["matmul_flops"] == pytest.approx(TABLE_D1[name][1], rel=0.01)
     assert by_chinchilla["tokens"] == 20 * size.parameters
@@ -78,7 +84,7 @@ def test_batches_of_presets_are_whole_sequences():
 
 def test_days_of_a_published_run():
     """Narayanan et al. 2021, section 5: GPT-3 on 1,024 A100 at 140 TFLOP/s, a quarter of it recomputation: 34 days."""
-    flops = training_flops(measure_size(preset_config("gpt3-175b")), 300e9)
+    flops = training_flops(size_of("gpt3-175b"), 300e9)
     assert training_days(flops, 1024, GPUS["a100"], 0.75 * 140 / 312) == pytest.approx(34, rel=0.03)
 
 
@@ -176,8 +182,6 @@ def test_the_peak_of_a_step_is_what_is_planned(
 
 # --- layouts ---
 
-XL = measure_size(preset_config("gpt2-xl", **NO_DROPOUT))
-
 
 @settings(max_examples=50, deadline=None)
 @given(
@@ -193,7 +197,7 @@ def test_sharing_takes_memory_away_and_work_adds_it(
 ):
     def total(shards, batch_size):
         layout = Layout(replicas, shards, gradient_checkpointing=checkpointing)
-        return sum(step_memory(XL, layout, batch_size, accumulation, compiled).values())
+        return sum(step_memory(size_of("gpt2-xl"), layout, batch_size, accumulation, compiled).values())
 
     assert total(shards, batch_size) < total(shards, batch_size + 1)
     if shards > 1:
@@ -201,7 +205,7 @@ def test_sharing_takes_memory_away_and_work_adds_it(
 
 
 def test_shards_of_the_states_add_up():
-    size = measure_size(preset_config("gpt3-13b"))
+    size = size_of("gpt3-13b")
     for layout in usual_layouts(size.config, 64):
         terms = step_memory(size, layout, 1)
         states = (terms["weights"] + terms["AdamW's moments"]) * layout.shards * layout.tp_size
@@ -210,7 +214,7 @@ def test_shards_of_the_states_add_up():
 
 
 def test_what_checkpointing_tensor_and_context_parallelism_save():
-    size = measure_size(preset_config("gpt3-13b", **NO_DROPOUT))
+    size = size_of("gpt3-13b")
 
     def activations(**fields):
         return step_memory(size, Layout(dp_shard_size=8, **fields), 4)["activations"]
@@ -222,7 +226,7 @@ def test_what_checkpointing_tensor_and_context_parallelism_save():
 
 
 def test_the_largest_micro_batch_fits_and_its_double_does_not():
-    size, gpu = measure_size(preset_config("gpt2")), GPUS["rtx4090"]
+    size, gpu = size_of("gpt2"), GPUS["rtx4090"]
     largest = plan_layout(size, Layout(), gpu, 1, 2**19)["largest_batch_size"]
     assert plan_layout(size, Layout(), gpu, largest, 2**19)["fits"]
     assert not plan_layout(size, Layout(), gpu, 2 * largest, 2**19)["fits"]
