@@ -25,8 +25,8 @@ from nanogpt_hf.optimization import make_optimizers
 from nanogpt_hf.planning import GIB, Layout, measure_size, step_memory
 from nanogpt_hf.reporting import library_versions
 from nanogpt_hf.settings import TrainingSettings, parse, run_recipe, setting
+from nanogpt_hf.stepping import Stepper
 from nanogpt_hf.token_stream import TokenStream
-from nanogpt_hf.training import accumulate_gradients, compile_model
 
 # preset, architecture, sequences a micro-batch, micro-batches, gradient checkpointing, torch.compile
 VARIANTS = [
@@ -81,19 +81,13 @@ def measure(variant: tuple) -> int:
     stream = TokenStream(ids, T, accelerator.device)
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     model.train()
-    compile_model(accelerator, settings, model, stream)
+    optimizers = [optimizer.optimizer for optimizer in optimizers]
+    take_step = Stepper(accelerator, settings, model, optimizers, stream, lambda step: 1.0)
+    take_step.steps_before_capture = -1  # memory as the allocator has it, without a graph's own
     for step in range(4):
         if step == 2:
             torch.cuda.reset_peak_memory_stats()
-        rows = [slice(i * batch_size, (i + 1) * batch_size) for i in range(micro_batches)]
-        batches = [stream.batch(0, step, batch_size * micro_batches, part) for part in rows]
-        accumulate_gradients(accelerator, model, batches)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-    if compiled and getattr(accelerator.unwrap_model(model), "_compiled_call_impl", None) is None:
-        raise RuntimeError("the model was not compiled")
+        take_step(step)
     return torch.cuda.max_memory_allocated()
 
 

@@ -7,6 +7,7 @@ Writing waits for the disk in the training loop: in the recipes' run for a CPU (
 checkpoints of 34 ms and 16 best models of 23 ms are 0.2% of the time, too little for a thread of their own.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -26,13 +27,17 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerFast
 
 MANIFEST = "manifest.json"
 NEEDED = ("optimizer.safetensors", "progress.json")  # the weights' file has several names
-FULL_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
+ADAPTER_PREFIX = "base_model.model."  # peft's name for the model inside PeftModel
+FULL_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)  # for the first process only
+FULL = StateDictOptions(full_state_dict=True)
 
 
 @dataclass
@@ -217,14 +222,44 @@ def prune(newest: Path, keep: int) -> None:
 
 def save_model(accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Model and tokenizer as transformers (or peft) saves them. Every process calls it, the first one writes."""
-    state = accelerator.get_state_dict(model)
+    state = accelerator.get_state_dict(model)  # whole tensors, whatever the layout
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)
+        model = _under_its_own_class(accelerator.unwrap_model(model))
+        if hasattr(model, "peft_config"):
+            _save_adapter(model, state, folder)
+        else:
+            if accelerator.is_fsdp2 and model.config.tie_word_embeddings:  # gathered twice, saved once
+                state |= {key: state[source] for key, source in (model._tied_weights_keys or {}).items()}
+            model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
 
+def _under_its_own_class(model):
+    """The same model; FSDP2 has put another class over its own, whose name and file would be saved with it."""
+    if not isinstance(model, FSDPModule):
+        return model
+    classes = type(model).__mro__
+    own = classes[classes.index(FSDPModule) + 1]
+    plain = own.__new__(own)
+    plain.__dict__.update(model.__dict__)
+    return plain
+
+
+def _save_adapter(model, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """An adapter in peft's files. The save_pretrained of transformers and peft ask the Hub for the base's config."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    weights = {f"{ADAPTER_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True  # or who loads it would train it
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
 def load_weights(model, folder: Path) -> None:
-    """The weights that `save_model` wrote, into a model of the same shape.
+    """The weights that `save_model` wrote, into a model of the same shape, sharded or not; every process calls it.
 
     Raises:
         ValueError: they cannot be read, or are another model's.
@@ -233,14 +268,21 @@ def load_weights(model, folder: Path) -> None:
     path = folder / ("adapter_model.safetensors" if adapter else "model.safetensors")
     try:
         if adapter:
-            from peft import set_peft_model_state_dict
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-            set_peft_model_state_dict(model, load_file(path))
-            return
-        result = model.load_state_dict(load_file(path), strict=False)
+            weights = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in load_file(path).items()}
+            wrong = set(weights) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
+            if not wrong:
+                set_peft_model_state_dict(model, weights)
+        else:
+            state = load_file(path)
+            tied = {key: name for key, name in (model._tied_weights_keys or {}).items() if name in state}
+            state = {key: state[name] for key, name in tied.items()} | state
+            wrong = state.keys() ^ model.state_dict().keys()
+            if not wrong:
+                set_model_state_dict(model, state, options=FULL)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be loaded into this model ({_brief(error)}).") from error
-    wrong = set(result.missing_keys) - set(model._tied_weights_keys or ()) | set(result.unexpected_keys)
     if wrong:
         raise ValueError(f"{path} holds the weights of another model ({min(wrong)}).")
 
@@ -297,14 +339,12 @@ def load_checkpoint(model, optimizers, folder: Path) -> None:
     """
     load_weights(model.module if hasattr(model, "module") else model, folder)
     optimizers = _unwrapped(optimizers)
-    groups = get_optimizer_state_dict(model, optimizers, options=FULL_ON_CPU)["param_groups"]
+    groups = get_optimizer_state_dict(model, optimizers)["param_groups"]
     state: dict[str, dict] = {}
     try:
         for key, tensor in load_file(folder / "optimizer.safetensors").items():
             parameter, name = key.rsplit("/", 1)
             state.setdefault(parameter, {})[name] = tensor
-        set_optimizer_state_dict(
-            model, optimizers, {"state": state, "param_groups": groups}, options=FULL_ON_CPU
-        )
+        set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=FULL)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} holds the state of other optimisers ({_brief(error)}).") from error

@@ -94,7 +94,7 @@ def measure(
     split = evaluate_split(
         model,
         stream,
-        corpus.validation,
+        corpus.characters("validation"),
         batch_size or fitting_batch_size(model, context),
         accelerator,
         min(stride or context, stream.block_size),

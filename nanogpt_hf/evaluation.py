@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .corpora import Corpus
 from .token_stream import TokenStream
-from .tokenization import encode_documents
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def validation_stream(
     Raises:
         ValueError: there is nothing in it to predict.
     """
-    ids = encode_documents(tokenizer, corpus.validation)
+    ids = corpus.ids("validation", tokenizer)
     if len(ids) < 2:
         raise ValueError(
             f"the validation split of {corpus.name} has {len(ids)} tokens, it needs at least 2: give a longer text or "
@@ -53,15 +53,23 @@ def validation_stream(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, and float32 as in the saved checkpoint: accelerate's autocast, a wrapped forward, is set aside."""
+    """Dropout off, nothing compiled, and float32 as in the saved checkpoint.
+
+    accelerate's autocast, a wrapped forward, is set aside. A model sharded by FSDP2 keeps the precision that it
+    gathers its weights in.
+    """
     was_training, autocast = model.training, model.__dict__.pop("forward", None)
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model.train(was_training)
         if autocast is not None:
             model.forward = autocast
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # without a backward pass the last weights stay gathered
+                module.reshard()
 
 
 @torch.no_grad()
@@ -81,7 +89,7 @@ def _losses(
 def evaluate_split(
     model: PreTrainedModel,
     stream: TokenStream,
-    documents: list[str],
+    characters: int,
     batch_size: int,
     accelerator: Accelerator,
     stride: int | None = None,
@@ -92,14 +100,16 @@ def evaluate_split(
     of processes: losses are summed in float64, token by token.
 
     Args:
-        documents: the text that the stream encodes, to count its characters. The first token's are among
-            them, though it is given and not predicted.
+        characters: of the text that the stream encodes. The first token's are among them, though it is given
+            and not predicted.
         batch_size: windows a process computes at once.
         stride: tokens from one window to the next. Less than T makes windows overlap, so that every token is
             predicted from at least T - stride before it, where there are so many; the default is T.
     """
     nats = torch.zeros((), dtype=torch.float64 if stream.device.type != "mps" else torch.float32)
-    numbers = np.arange(accelerator.process_index, stream.windows(stride), accelerator.num_processes)
+    # As many for each, since FSDP2 computes in step; a window past the end counts nothing.
+    everybody = -(-stream.windows(stride) // accelerator.num_processes) * accelerator.num_processes
+    numbers = np.arange(accelerator.process_index, everybody, accelerator.num_processes)
     with evaluating(accelerator.unwrap_model(model)):
         for losses, _ in _losses(model, stream, numbers, batch_size, stride):
             nats = nats.to(losses.device) + losses.sum(dtype=nats.dtype)
@@ -107,7 +117,7 @@ def evaluate_split(
     return SplitLoss(
         nats=nats,
         tokens=len(stream) - 1,
-        characters=sum(map(len, documents)),
+        characters=characters,
     )
 
 

@@ -1,74 +1,48 @@
 """Sampling from any causal language model, past its context length too."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from .decoding import Sampler, make_decoder
 from .tokenization import encode
-
-
-def _warpers(model: PreTrainedModel, temperature: float, top_k: int | None, top_p: float | None):
-    warpers = LogitsProcessorList()
-    if model.generation_config.suppress_tokens:
-        warpers.append(SuppressTokensLogitsProcessor(model.generation_config.suppress_tokens, model.device))
-    if temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k is not None:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
-    return warpers
 
 
 @torch.inference_mode()
 def generate_ids(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    max_new_tokens: int | None = None,
+    **sampling,
 ) -> Iterator[torch.Tensor]:
-    """The next token of every row of input_ids (B T), each B, without end.
+    """The next token of every row of input_ids (B T), each B, one after another.
 
     Cached decoding. A full context is halved: its later half is read again and becomes the past of what
     follows, so that the cost of a token does not grow with the text.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        seed: of a generator of its own; the global one is left alone.
+        max_new_tokens: the end; None goes on for ever.
+        sampling: temperature (0.8; 0 takes the likeliest token), top_k, top_p, and the seed of a generator of its
+            own: the global one is left alone. A seed gives the same tokens on the same device.
     """
     context = model.config.max_position_embeddings
-    warpers = _warpers(model, temperature, top_k, top_p)
-    generator = torch.Generator(model.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    window = input_ids.to(model.device)[:, -context:]
+    left = sys.maxsize if max_new_tokens is None else max_new_tokens
+    sampler = Sampler(model, **sampling)
+    decoder = make_decoder(model, sampler, rows=len(window), room=min(context, window.shape[1] + left))
     was_training = model.training
     model.eval()
     try:
-        ids = input_ids.to(model.device)[:, -context:]
-        unread, cache = ids, None
-        while True:
-            if ids.shape[1] > context:
-                ids = ids[:, -max(1, context // 2) :]
-                unread, cache = ids, None
-            output = model(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            logits = warpers(ids, output.logits[:, -1].float())
-            if temperature == 0:
-                unread = logits.argmax(dim=-1, keepdim=True)
-            else:
-                unread = torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
-            yield unread[:, 0]
-            ids = torch.cat((ids, unread), dim=1)
+        while left > 0:
+            tokens = []
+            for token in decoder.continue_(window, min(left, 1 + context - window.shape[1])):
+                yield token
+                tokens.append(token)
+            left -= len(tokens)
+            window = torch.cat((window, torch.stack(tokens, dim=1).to(window.device)), dim=1)
+            window = window[:, -max(1, context // 2) :]
     finally:
         model.train(was_training)
 
@@ -131,11 +105,10 @@ def stream_text(
         )
     ids = torch.from_numpy(encode(tokenizer, prompt)).long().repeat(num_return_sequences, 1)
     writers = [_Writer(tokenizer, stop) for _ in range(num_return_sequences)]
-    tokens = generate_ids(model, ids, **sampling)
-    for number, step in zip(range(max_new_tokens), tokens, strict=False):
+    for number, step in enumerate(generate_ids(model, ids, max_new_tokens, **sampling), start=1):
         for writer, token in zip(writers, step.tolist(), strict=True):
             writer.add(token)
-        last = number == max_new_tokens - 1 or all(writer.ended for writer in writers)
+        last = number == max_new_tokens or all(writer.ended for writer in writers)
         yield [writer.news(last) for writer in writers]
         if last:
             break

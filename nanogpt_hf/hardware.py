@@ -4,8 +4,9 @@ import os
 from collections.abc import Callable, Mapping
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from accelerate.utils import ProjectConfiguration
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .settings import TrainingSettings
 
@@ -23,9 +24,13 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """An Accelerator for the processes and devices of this launch.
 
     Raises:
-        ValueError: a precision that the device does not have.
+        ValueError: a precision that the device does not have, or a launch for other hardware than is here.
     """
     device = device_type(settings.use_cpu)
+    check_launch(device, os.environ, settings.use_cpu)
+    sharded = _is_on(os.environ, "ACCELERATE_USE_FSDP")
+    if settings.fp16 and sharded:
+        raise ValueError("--fp16 does not go with FSDP2: use --bf16, or accelerate_configs/gpus_ddp.yaml.")
     if settings.fp16 and device == "cpu":
         raise ValueError("--fp16 needs a GPU: leave it out.")
     if settings.bf16 and device == "cuda" and not torch.cuda.is_bf16_supported():
@@ -37,11 +42,73 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         torch.set_float32_matmul_precision("high")
     if device == "cpu":
         use_all_cores()
+    plugin = shard_parameters("bf16" if bf16 else "no") if sharded else None
+    if plugin is not None and plugin.activation_checkpointing:
+        # transformers' own: the wrapper of accelerate (1.15) draws other dropout when it recomputes.
+        plugin.activation_checkpointing, settings.gradient_checkpointing = False, True
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision="fp16" if settings.fp16 else "bf16" if bf16 else "no",
+        fsdp_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=settings.report_to or None,
         project_config=ProjectConfiguration(logging_dir=os.path.join(settings.output_dir or "", "trackers")),
+    )
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "").lower() in ("true", "1", "yes")
+
+
+def check_launch(device: str, environment: Mapping[str, str], use_cpu: bool = False) -> None:
+    """Raises ValueError when the launch settings are for other hardware than is here.
+
+    accelerate launch tells several processes nothing of its use_cpu; that GPUs are hidden (gpu_ids: "-1,-1") does.
+
+    Args:
+        device: cuda, mps or cpu: what the run would take.
+        environment: the variables that accelerate launch or torchrun has set.
+        use_cpu: the user wants no GPU.
+    """
+    processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    sharded = _is_on(environment, "ACCELERATE_USE_FSDP")
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "0" if processes > 1 else "")
+    for_gpus = "ACCELERATE_MIXED_PRECISION" in environment and visible[:1].isdigit() and not use_cpu
+    if device != "cuda" and sharded or device == "cpu" and for_gpus:
+        raise ValueError(
+            f"these launch settings are for {'FSDP2 on GPUs' if sharded else 'GPUs'}, and there is none to use: launch "
+            "with --config_file accelerate_configs/cpu.yaml or cpu_2_processes.yaml."
+        )
+    if device == "cuda" and processes > torch.cuda.device_count():
+        raise ValueError(
+            f"{processes} processes are launched on a machine with {torch.cuda.device_count()} GPUs: give "
+            f"accelerate launch --num_processes {torch.cuda.device_count()}."
+        )
+
+
+def shard_parameters(precision: str) -> FullyShardedDataParallelPlugin:
+    """FSDP2 as the launch settings describe it, with a precision of ours.
+
+    Weights, optimiser and the sum of gradients over processes stay float32; the weights are gathered in
+    bfloat16. accelerate's own policy sums gradients in bfloat16 and rounds the loss to it as well.
+
+    Args:
+        precision: bf16 or no.
+
+    Raises:
+        ValueError: the launch settings ask for the first FSDP.
+    """
+    if os.environ.get("FSDP_VERSION", "2") != "2":
+        raise ValueError(
+            "the launch settings ask for FSDP 1: set fsdp_version: 2, as accelerate_configs/gpus_fsdp2.yaml does."
+        )
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # rotary angles stay float32
+        ),
     )
 
 

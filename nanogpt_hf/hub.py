@@ -43,6 +43,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from .lora import load_merged
 from .model import NanoGPTConfig, NanoGPTForCausalLM
 from .model.configuration_nanogpt import qwen3_fields
 from .model.modeling_nanogpt import qwen3_state_dict
@@ -53,6 +54,9 @@ from .tokenization import load_tokenizer
 T = TypeVar("T")
 
 PLAIN_FORMAT = {"gpt2": "gpt2", "modern": "qwen3"}  # architecture -> the format that other tools know it by
+ADAPTER_FILES = (
+    "adapter_config.json adapter_model.safetensors generation_config.json tokenizer.json tokenizer_config.json"
+).split()
 PAUSES = (5.0, 15.0, 45.0, 120.0)  # seconds before each repetition of an upload
 LONGEST_PAUSE = 300.0  # seconds, however long the Hub asks us to stay away
 TIMEOUT = 120.0  # seconds without a byte from the Hub
@@ -173,24 +177,45 @@ def _edit_json(path: Path, edit: Callable[[dict], dict]) -> None:
 
 
 def export_run(
-    folder: str | os.PathLike, target: str | os.PathLike, format: str = "auto", name: str | None = None
+    folder: str | os.PathLike,
+    target: str | os.PathLike,
+    format: str = "auto",
+    name: str | None = None,
+    merge: bool = False,
 ) -> None:
     """`export` of the best model of a run folder, or of any checkpoint of ours, with its card and loss curve.
 
     Args:
         name: what the card's lines load, a Hub id; by default the target's name.
+        merge: merge an adapter into its base; without, an adapter is copied as it is.
 
     Raises:
         ValueError: the folder holds no checkpoint that can be read, or none that can be written in that format.
     """
     folder, target = Path(folder), Path(target)
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} holds an adapter, not a whole model: merge it first.")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: give a run folder.")
-    model = NanoGPTForCausalLM.from_pretrained(folder)
-    tokenizer = load_tokenizer(str(folder))
-    written = export(model, tokenizer, target, format)
+    is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter and not merge:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
+        if name and os.path.isdir(os.path.expanduser(base)):
+            raise ValueError(
+                f"{folder} holds an adapter whose base, {base}, is a folder of this machine: nobody could load it from "
+                "the Hub; merge it (--merge)."
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        for file in ADAPTER_FILES:
+            if (folder / file).exists():
+                shutil.copy(folder / file, target)
+        written = "adapter"
+    else:
+        if is_adapter:
+            model, tokenizer = load_merged(folder)
+        elif (folder / "config.json").is_file():
+            model, tokenizer = NanoGPTForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
+        else:
+            raise ValueError(f"{folder} holds no config.json: give a run folder.")
+        written = export(model, tokenizer, target, format)
     write_card(folder, target, format=written, name=name)
     if (folder / "loss_curve.png").exists():
         shutil.copy(folder / "loss_curve.png", target)
@@ -284,6 +309,7 @@ def push(
     *,
     private: bool = False,
     format: str = "auto",
+    merge: bool = False,
     pauses: tuple[float, ...] = PAUSES,
     timeout: float = TIMEOUT,
     tell: Callable[[str], None] = print,
@@ -293,6 +319,7 @@ def push(
     Args:
         repo_id: NAME or OWNER/NAME; made if it does not exist.
         private: make it private.
+        merge: of an adapter, upload the base with the adapter merged into it.
         pauses: seconds before each new try; where the Hub names a time, that is waited instead.
         timeout: seconds without a byte from the Hub after which a try has failed.
         tell: prints a line.
@@ -308,12 +335,13 @@ def push(
         if "/" not in repo_id:
             repo_id = f"{_persist(api.whoami, pauses, timeout, tell)['name']}/{repo_id}"
         with TemporaryDirectory() as staging:
-            export_run(folder, staging, format, repo_id)
+            export_run(folder, staging, format, repo_id, merge)
             _persist(lambda: _upload(api, repo_id, Path(staging), private, timeout), pauses, timeout, tell)
     except FAILURES as error:
         words = ["python", "recipes/share.py", "--model", str(folder), "--hub_model_id", repo_id]
         words += ["--hub_private_repo"] if private else []
         words += ["--hub_format", format] if format != "auto" else []
+        words += ["--merge"] if merge else []
         # The causes are left out: a library's message may quote the token.
         raise ValueError(
             f"the upload to {repo_id} failed ({_reason(error)}); the model is complete in {folder}, try again with: "

@@ -6,12 +6,15 @@ code: remote code is refused, and so are weights in pickles.
 
 import os
 import re
+import warnings
+from collections.abc import Callable
 
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -37,29 +40,44 @@ def load_model_and_tokenizer(
     """
     check_name(name_or_path)
     name = os.path.expanduser(name_or_path)
-    if _file(name, "adapter_config.json") is None:
+    if find_file(name, "adapter_config.json") is None:
         model = _load_model(name, dtype)
         tokenizer = load_tokenizer(name)
         check_vocabulary(tokenizer, model)
     else:
-        from peft import PeftConfig, PeftModel
-
-        if _file(name, "adapter_model.safetensors") is None:
-            raise ValueError(
-                f"{name} holds no adapter_model.safetensors, and weights in pickles are not read."
-            )
-        try:
-            base = PeftConfig.from_pretrained(name).base_model_name_or_path
-            model = _load_model(os.path.expanduser(base), dtype)
-            tokenizer = load_tokenizer(name if _file(name, "tokenizer.json") else base)
-            check_vocabulary(tokenizer, model)
-            model = PeftModel.from_pretrained(model, name)
-        except Exception as error:
-            raise ValueError(
-                f"the adapter {name} cannot be put on its base model: {_brief(error)}."
-            ) from error
+        model, tokenizer = put_on_base(name, lambda base: _load_model(base, dtype))
     suppress_padding(tokenizer, model)
     return model.eval(), tokenizer
+
+
+def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple:
+    """The PeftModel of an adapter, on its base by `load_base`, and its tokenizer or else the base's.
+
+    Raises:
+        ValueError: the adapter or its base cannot be read, or they do not belong together.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if find_file(name, "adapter_model.safetensors") is None:
+        raise ValueError(f"{name} holds no adapter_model.safetensors, and weights in pickles are not read.")
+    try:
+        base = os.path.expanduser(PeftConfig.from_pretrained(name).base_model_name_or_path or "")
+        model = load_base(base)
+        tokenizer = load_tokenizer(name if find_file(name, "tokenizer.json") else base)
+        # An adapter may bring tokens of its own.
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        check_vocabulary(tokenizer, model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers 6 drops
+            adapted = PeftModel.from_pretrained(model, name)
+        if find_file(name, "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"the adapter {name} cannot be put on its base model: {first_line(error)}."
+        ) from error
+    return adapted, tokenizer
 
 
 def check_name(name_or_path: str) -> None:
@@ -71,7 +89,7 @@ def check_name(name_or_path: str) -> None:
         raise ValueError(f"there is no folder {name!r}: give one with a saved model, or a Hub id.")
 
 
-def _file(name: str, file: str) -> str | None:
+def find_file(name: str, file: str) -> str | None:
     """Path of one file of a folder or Hub repository, None if it is not to be had."""
     try:
         return cached_file(name, file)
@@ -81,7 +99,7 @@ def _file(name: str, file: str) -> str | None:
 
 def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     is_folder = os.path.isdir(name)
-    if is_folder and _file(name, "config.json") is None:
+    if is_folder and find_file(name, "config.json") is None:
         raise ValueError(f"{name} holds no config.json: give a folder that a model was saved into.")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -89,9 +107,9 @@ def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         if "trust_remote_code" in str(error):
             reason = "needs code of its own, which is never run here: give a model that transformers knows"
         elif is_folder:
-            reason = f"has a config.json that cannot be read ({_brief(error)})"
+            reason = f"has a config.json that cannot be read ({first_line(error)})"
         else:
-            reason = f"is no folder here, and the Hub does not give it ({_brief(error)})"
+            reason = f"is no folder here, and the Hub does not give it ({first_line(error)})"
         raise ValueError(f"{name} {reason}.") from error
     # An encoder's checkpoint would load as a decoder that sees ahead.
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -110,7 +128,7 @@ def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        raise ValueError(f"the weights of {name} cannot be loaded: {_brief(error)}.") from error
+        raise ValueError(f"the weights of {name} cannot be loaded: {first_line(error)}.") from error
     for key, saved, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(
             f"{name} contradicts itself: its weight {key} has the shape {list(saved)}, its config.json asks for "
@@ -126,7 +144,7 @@ def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
     """Raises ValueError when the tokenizer has ids that the model's embedding does not."""
-    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
     if highest >= rows:
         raise ValueError(
             f"tokenizer and model do not belong together: the tokenizer has ids up to {highest}, the model embeds "
@@ -136,13 +154,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel)
 
 def suppress_padding(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
     """Keep ids that are no token, the padding of the embedding, out of all that the model generates."""
-    ids = range(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings)
+    ids = range(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
     if ids:
         known = model.generation_config.suppress_tokens or []
         model.generation_config.suppress_tokens = sorted({*known, *ids})
 
 
-def _brief(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of a library's message."""
     line = str(error).strip().split("\n")[0].rstrip(".")
     return line[:300] or type(error).__name__

@@ -22,6 +22,7 @@ NOT_IN_A_CARD = (
     "corpus model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
     "hub_model_id hub_private_repo hub_format"
 ).split()
+KINDS = {"adapter": "An adapter (LoRA)"}
 LOADING = {
     "plain": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", {name})\n',
     "nanogpt": (
@@ -29,20 +30,28 @@ LOADING = {
         'generate = pipeline("text-generation", {name}, trust_remote_code=True)\n'
         "# with nanogpt_hf installed, `import nanogpt_hf` takes the place of trust_remote_code=True\n"
     ),
+    "adapter": (
+        "from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer, GenerationConfig, pipeline\n\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained({name})\n"
+        "model.generation_config = GenerationConfig.from_pretrained({name})\n"
+        "tokenizer = AutoTokenizer.from_pretrained({name})\n"
+        'generate = pipeline("text-generation", model, tokenizer=tokenizer)\n'
+    ),
 }
 
 
 def write_card(
     folder: str | os.PathLike,
     target: str | os.PathLike | None = None,
-    format: str = "nanogpt",
+    format: str | None = None,
     name: str | None = None,
 ) -> None:
     """Write README.md, the model card, from what a run has left in its folder; what is not there is left out.
 
     Args:
         target: where to write it, by default the run folder.
-        format: of the checkpoint beside the card.
+        format: of the checkpoint beside the card; by default nanogpt, or adapter where there is one.
         name: what the card's lines load, a Hub id; by default the target's name.
 
     Raises:
@@ -66,14 +75,12 @@ def write_card(
         default={},
     )
     corpus_name = _last_part(corpus["name"]) if corpus else None
-    samples = (
-        (folder / "samples.txt").read_text(encoding="utf-8") if (folder / "samples.txt").exists() else ""
-    )
-    samples = printable(samples)[:4000].strip("\n")
+    format = format or ("adapter" if (folder / "adapter_config.json").exists() else "nanogpt")
+    samples, samples_before = _samples(folder / "samples.txt"), _samples(folder / "samples_before.txt")
 
     data = ModelCardData(
         language=corpus.get("language"),
-        library_name="transformers",
+        library_name="peft" if format == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=["nanogpt_hf", *([config["architecture"]] if "architecture" in config else [])],
         datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source", "")) or None,
@@ -82,7 +89,10 @@ def write_card(
         eval_results=_results(corpus_name, best, rows) if corpus and best else None,
         **_license(corpus.get("license")),
     )
-    body = [f"# {_plain_words(name.split('/')[-1])}", _opening_words(config, folder, corpus_name, base)]
+    body = [
+        f"# {_plain_words(name.split('/')[-1])}",
+        _opening_words(format, config, target, corpus_name, base),
+    ]
     body += ["## Use", _fenced(_loading_lines(name, format, samples), "python")]
     if corpus:
         body += ["## Corpus", _corpus_words(corpus)]
@@ -91,8 +101,8 @@ def write_card(
         if (folder / "loss_curve.png").exists():
             body += ["![loss over the steps](loss_curve.png)"]
     if settings:
-        shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [])}
-        shown = {"tokenizer": _last_part(settings.get("tokenizer") or "")} | shown
+        shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [], "")}
+        shown = {"tokenizer": _last_part(settings.get("tokenizer") or base or "")} | shown
         body += [
             "## Settings",
             _fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), "yaml"),
@@ -101,11 +111,18 @@ def write_card(
         body += ["The command that made it:", _fenced(record["command"], "bash")]
     if record.get("versions"):
         body += ["With " + ", ".join(_code(f"{k} {v}") for k, v in record["versions"].items()) + "."]
-    if samples:
+    if samples_before:
+        body += ["## Samples", _side_by_side("before, the base", samples_before, "after", samples)]
+    elif samples:
         body += ["## Samples", _fenced(samples, "text")]
     card = ModelCard(without_token(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
     with files_written_whole(target) as staging:
         card.save(staging / "README.md")
+
+
+def _samples(path: Path) -> str:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return printable(text)[:4000].strip("\n")
 
 
 def _read_run(path: Path) -> dict:
@@ -151,12 +168,12 @@ def _last(rows: list[dict], key: str) -> float | None:
     return next((row[key] for row in reversed(rows) if isfinite(row.get(key, float("nan")))), None)
 
 
-def _opening_words(config: dict, folder: Path, corpus_name: str | None, base: str | None) -> str:
+def _opening_words(format: str, config: dict, folder: Path, corpus_name: str | None, base: str | None) -> str:
     sizes = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             sizes += [prod(file.get_slice(key).get_shape()) for key in file.keys()]
-    words = f"A GPT of {sum(sizes) / 1e6:.2f}M parameters"
+    words = f"{KINDS.get(format, 'A GPT')} of {sum(sizes) / 1e6:.2f}M parameters"
     if "architecture" in config:
         words += (
             f", architecture {_code(config['architecture'])}: {config['n_layer']} layers, {config['n_head']} heads, "
@@ -169,7 +186,7 @@ def _opening_words(config: dict, folder: Path, corpus_name: str | None, base: st
 
 def _loading_lines(name: str, format: str, samples: str) -> str:
     prompt = next((line for line in samples.split("\n") if line.strip()), "\n")[:20]
-    lines = LOADING["nanogpt" if format == "nanogpt" else "plain"].format(
+    lines = LOADING[format if format in LOADING else "plain"].format(
         name=json.dumps(name, ensure_ascii=False)
     )
     return lines + f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
@@ -191,6 +208,9 @@ def _result_words(best: dict, rows: list[dict]) -> str:
     if "eval_bits_per_char" in best:
         words += f" ({best['eval_bits_per_char']:.4f} bits per character)"
     words += f" at step {best['step']:,} of {rows[-1]['step']:,}, over the whole validation split"
+    first = rows[0]
+    if first["step"] == 0 and best["step"] > 0 and "eval_bits_per_char" in first:
+        words += f"; before the first step {first['eval_loss']:.4f} ({first['eval_bits_per_char']:.4f})"
     train_loss = _last(rows, "train_loss")
     return words + (f"; training loss of the last batch {train_loss:.4f}." if train_loss is not None else ".")
 
@@ -215,6 +235,12 @@ def _fenced(text: str, language: str) -> str:
     """A code block that its content cannot end."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{printable(text)}\n{fence}"
+
+
+def _side_by_side(left: str, before: str, right: str, after: str) -> str:
+    """A table of two texts whose content cannot leave its cell."""
+    cells = ("<br>".join(map(_plain_words, text.split("\n"))) for text in (before, after))
+    return f"| {left} | {right} |\n| --- | --- |\n| {' | '.join(cells)} |"
 
 
 def _plain_words(text: str) -> str:

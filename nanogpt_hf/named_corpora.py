@@ -34,6 +34,9 @@ _TEXTS = {  # SHA-256 and language
     "tiny_pushkin": ("d78fb344d7a505c4f652ce32c46bbc11fb54340b0ecc594a227a7c925b2be2aa", "ru"),
 }
 NAMES = tuple(_TEXTS)
+# Where a poem ends, a regular expression: lines, an empty line, then a heading alone between empty lines. (For
+# tiny_pushkin: 1,254 poems and stanzas, of 376 characters in the median.)
+DOCUMENT_ENDS = {"tiny_pushkin": r"[^\n]\n[^\n]+\n\n(?=[^\n]+\n\n)"}
 _PLAYS = """roman/coriolanus histories/richard-iii histories/richard-ii tragedies/romeo-and-juliet
     histories/henry-vi-part-3 romances/a-winter-s-tale problems/measure-for-measure
     problems/the-taming-of-the-shrew romances/the-tempest""".split()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import SchedulerType, get_scheduler
 
 from .hardware import has_fast_bf16
@@ -24,6 +25,17 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if wide is not matrices else x
+
+
+def _whole(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def _sharded_as(matrix: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a matrix that every process has, laid out as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return matrix
+    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 class Muon(torch.optim.Optimizer):
@@ -63,13 +75,13 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 gradients = [parameter.grad for parameter in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                updates = torch.stack(
-                    torch._foreach_lerp(gradients, momenta, group["momentum"])
-                )  # Nesterov's
-                updates = orthogonalize(updates.to(self.dtype)).to(parameters[0].dtype)
+                updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+                updates = torch.stack([_whole(update.to(self.dtype)) for update in updates])
+                updates = orthogonalize(updates).to(parameters[0].dtype)
+                updates *= group["lr"] * math.sqrt(max(1, rows / columns))  # lr: a tensor in a CUDA graph
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                torch._foreach_add_(parameters, list(updates.unbind()), alpha=-rate)
+                updates = [_sharded_as(*pair) for pair in zip(updates.unbind(), parameters, strict=True)]
+                torch._foreach_sub_(parameters, updates)
         return loss
 
 
@@ -79,26 +91,28 @@ def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.
     Matrices decay, vectors (norms, biases) do not.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    embeddings = ("wte", "wpe", "lm_head")
     muon, matrices, vectors = [], [], []
     for name, parameter in trainable:
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif settings.optim == "muon" and id(parameter) not in embeddings and ".wpe." not in f".{name}":
+        elif settings.optim == "muon" and not set(embeddings) & set(name.split(".")):
             muon.append(parameter)
         else:
             matrices.append(parameter)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [
-        torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+    groups = [group for group in groups if group["params"]]
+    optimizers = []
+    if groups:  # an adapter may be matrices for Muon alone
+        adamw = torch.optim.AdamW(
+            groups,
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-    ]
+        optimizers.append(adamw)
     if muon:
         fast = settings.bf16 is not False and has_fast_bf16(muon[0].device.type)
         dtype = torch.bfloat16 if fast else torch.float32
@@ -126,6 +140,8 @@ def make_schedule(settings: TrainingSettings) -> Callable[[int], float]:
     extra = {}
     if settings.lr_scheduler_type == "warmup_stable_decay":
         extra = {"num_decay_steps": settings.max_steps // 2}
+    if settings.lr_scheduler_type == "cosine_with_min_lr":
+        extra = {"min_lr_rate": 0.1}  # as GPT-3's (Brown et al. 2020, appendix B)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
         scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, warmup, settings.max_steps, extra)
@@ -139,7 +155,19 @@ def make_schedule(settings: TrainingSettings) -> Callable[[int], float]:
     return lambda step: factor(step + 1) if step < warmup else factor(step)
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            rate = group["initial_lr"] * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)  # the one that a CUDA graph reads
+            else:
+                group["lr"] = rate
+
+
+def make_capturable(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Keep learning rates on the device, where a CUDA graph of the step reads them."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)

@@ -13,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from .checkpoints import Progress, files_written_whole, sync
@@ -146,6 +147,8 @@ class RunLog:
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Note a step's loss and gradient norm, still on their device."""
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         self.losses.append(torch.stack((loss.detach().float(), grad_norm.detach().float())))
         self.interval_steps += 1
         self.bar.update()

@@ -15,19 +15,23 @@ from .checkpoints import Progress, damage, delete, newest_good, read_progress
 from .corpora import Corpus
 from .reporting import library_versions, say, write_yaml
 from .safe_text import without_home
-from .settings import TrainingSettings, public_values
+from .settings import FinetuningSettings, TrainingSettings, public_values
 
 # What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
 MADE_BY_A_RUN = (
     "checkpoints trackers wandb README.md metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
     "model.safetensors adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json "
-    "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py"
+    "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py samples_before.txt merged"
 ).split()
 
 
 SHAPE = (
     "architecture norm positions qk_norm mlp bias n_layer n_head n_embd n_inner n_positions vocab_size rope_theta "
     "layer_norm_epsilon activation_function"
+).split()
+ADAPTATION = (  # settings of a fine-tuning that decide what trains
+    "n_positions full lora_r lora_alpha lora_dropout target_modules use_dora use_rslora "
+    "extend_vocabulary load_in_4bit load_in_8bit"
 ).split()
 
 
@@ -39,6 +43,10 @@ def identity_of(
     tokens_per_step: int,
 ) -> dict:
     """What must be the same for a run to go on as the same run."""
+    adaptation = {}
+    if isinstance(settings, FinetuningSettings):
+        adaptation = {name: getattr(settings, name) for name in ADAPTATION}
+        adaptation |= {} if settings.full else {"base": base_sha256(model)}
     return {
         "corpus": corpus.sha256,
         "validation_split_percentage": settings.validation_split_percentage,
@@ -47,7 +55,21 @@ def identity_of(
         "optim": settings.optim,
         "seed": settings.seed,
         "tokens_per_step": tokens_per_step,
+        "document_end": settings.document_end,
+        **adaptation,
     }
+
+
+def base_sha256(model: PreTrainedModel) -> str:
+    """SHA-256 of a base's weights, the same with an adapter on it and without.
+
+    The embeddings are left out: --extend_vocabulary changes their size.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in ("lora_", "wte", "lm_head")):
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def find_start(
@@ -81,7 +103,10 @@ def find_start(
         if progress.identity.get(key) != value
     ]
     if changed:
-        raise ValueError(f"{checkpoint} belongs to another run: {', '.join(changed)}.")
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {', '.join(changed)}"
+            f"{batch_advice(accelerator, progress.identity, identity)}."
+        )
     if progress.step > settings.max_steps:
         raise ValueError(
             f"{checkpoint} is at step {progress.step}, past --max_steps {settings.max_steps}: give more --max_steps."
@@ -91,6 +116,20 @@ def find_start(
             None  # the next evaluation's model is the best that there is
         )
     return progress, checkpoint
+
+
+def batch_advice(accelerator: Accelerator, before: dict, now: dict) -> str:
+    """How this many processes make the batch that the run had, or why they cannot; nothing when they do."""
+    context, tokens = now.get("n_positions"), before.get("tokens_per_step")
+    if tokens in (None, now["tokens_per_step"]) or not context or tokens % context:
+        return ""
+    sequences, processes = tokens // context, accelerator.num_processes
+    if sequences % processes:
+        return f"; {processes} processes do not divide its batch of {sequences} sequences: use a number that does"
+    return (
+        "; --per_device_train_batch_size times --gradient_accumulation_steps must be "
+        f"{sequences // processes} on {processes} process{'es' * (processes > 1)}"
+    )
 
 
 def check_agreement(accelerator: Accelerator, identity: dict) -> None:
@@ -184,7 +223,7 @@ def open_run_folder(
                 "language": corpus.language,
                 "license": corpus.license,
                 "notice": corpus.notice,
-                "characters": sum(map(len, corpus.train)) + sum(map(len, corpus.validation)),
+                "characters": corpus.characters("train") + corpus.characters("validation"),
             },
             "command": command_line(),
             "identity": identity,

@@ -40,6 +40,9 @@ class TrainingSettings:
     )
     text_column: str = setting("text", "column of a .jsonl, .parquet or Hub dataset that holds the text")
     validation_split_percentage: int = setting(10, "percent of the text, at its end, kept for validation")
+    document_end: str | None = setting(
+        None, "regular expression: a document ends after each match, so that a model learns where to stop"
+    )
     tokenizer: str = setting("char", "char or bpe (trained on the corpus), a tokenizer's folder, or a Hub id")
     vocab_size: int = setting(1024, "tokens of a bpe tokenizer trained here")
     pad_to_multiple_of: int = setting(64, "round the model's vocabulary up to a multiple of this")
@@ -133,7 +136,7 @@ class TrainingSettings:
             "vocab_size pad_to_multiple_of max_steps per_device_train_batch_size gradient_accumulation_steps "
             "per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit"
         ).split():
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
         for name in (
             "warmup_steps",
@@ -163,6 +166,71 @@ class TrainingSettings:
     def given(self, *names: str) -> dict:
         """Those of the named settings that are not None."""
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass
+class FinetuningSettings(TrainingSettings):
+    """Settings of fine-tuning: a run's, and those of the adapter, named as in peft's LoraConfig."""
+
+    corpus: str = setting(
+        "tiny_pushkin", "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset"
+    )
+    model_name_or_path: str | None = setting(
+        "openai-community/gpt2", "the base: any GPT-2-style checkpoint or one of ours, folder or Hub id"
+    )
+    output_dir: str | None = setting(None, "run folder; default runs/CORPUS-BASE-lora")
+    n_positions: int | None = setting(None, "context to train with, in tokens; default: the base's")
+    num_train_epochs: float = setting(3.0, "passes over the training split")
+    max_steps: int | None = setting(None, "optimiser steps, instead of num_train_epochs")
+    per_device_train_batch_size: int = setting(8, "sequences a device and micro-batch")
+    learning_rate: float = setting(
+        2e-3, "peak learning rate of AdamW; small bases bear more, --full bears less"
+    )
+    weight_decay: float = setting(0.0, "decay of matrices (norms and biases have none)")
+    warmup_steps: int = setting(20, "steps of linear warm-up")
+    eval_steps: int = setting(50, "steps between two evaluations of the whole validation split")
+    eval_on_start: bool = setting(True, "evaluate before the first step too")
+    save_steps: int = setting(100, "steps between two checkpoints")
+    early_stopping_patience: int | None = setting(5, "stop after so many evaluations without a better loss")
+    tokenizer: str = setting("", "not used: the base brings its own")
+
+    # What trains
+    full: bool = setting(False, "train all weights instead of an adapter")
+    lora_r: int = setting(16, "rank of the adapter")
+    lora_alpha: float = setting(32, "the adapter counts lora_alpha / lora_r times")
+    lora_dropout: float = setting(0.0, "dropout before the adapter")
+    target_modules: list[str] = setting(["all"], "what is adapted: attention, mlp, all, or names of modules")
+    use_dora: bool = setting(False, "DoRA: train the length of the weights apart from their direction")
+    use_rslora: bool = setting(False, "rsLoRA: the adapter counts lora_alpha / sqrt(lora_r) times")
+    extend_vocabulary: int = setting(0, "add so many subwords of the corpus to the base's tokenizer")
+    load_in_4bit: bool = setting(False, "keep the base in 4 bits (bitsandbytes, CUDA)")
+    load_in_8bit: bool = setting(False, "keep the base in 8 bits (bitsandbytes, CUDA)")
+    merge: bool = setting(
+        False, "at the end, write OUTPUT_DIR/merged: a plain checkpoint, and push that instead of the adapter"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("lora_r", 1), ("extend_vocabulary", 0), ("lora_dropout", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least {least}.")
+        for name in ("num_train_epochs", "lora_alpha"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
+        if self.lora_dropout >= 1:
+            raise ValueError(f"--lora_dropout is {self.lora_dropout}, it must be less than 1.")
+        if not self.model_name_or_path:
+            raise ValueError("--model_name_or_path is missing: give the base, a folder or a Hub id.")
+        fixed = self.given(*"preset architecture n_layer n_head n_embd n_inner".split())
+        if fixed or self.tokenizer:
+            name = next(iter(fixed), "tokenizer")
+            raise ValueError(f"--{name} is set, but the base of a fine-tuning brings its own: leave it out.")
+        if self.full and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError(
+                "--full trains all weights, which --load_in_4bit and --load_in_8bit freeze: give one."
+            )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("--load_in_4bit and --load_in_8bit exclude each other: give one of them.")
 
 
 def public_values(settings) -> dict:

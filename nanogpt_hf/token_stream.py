@@ -4,6 +4,8 @@ The batch of a step is a pure function of (seed, step, rows): nothing has to be 
 number of processes that share a global batch see the same data in the same order.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -40,11 +42,40 @@ def permute(index: np.ndarray, size: int, key: np.ndarray, rounds: int = 6) -> n
     return result
 
 
+class MappedIds:
+    """Token ids in memory-mapped parts that follow one another; a window may begin in one and end in another.
+
+    Args:
+        parts: one dimension each. Nothing of them is read before a window asks for it.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts = [np.asarray(part) for part in parts]
+        self.bounds = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The `length` ids from each start, B length; 0 stands for what is past the end."""
+        block = np.zeros((len(starts), length), dtype=np.int64)
+        first_parts = np.searchsorted(self.bounds, starts, side="right") - 1
+        for row, start, number in zip(block, starts, first_parts, strict=True):
+            filled = 0
+            for part, bound in zip(self.parts[number:], self.bounds[number:], strict=False):
+                piece = part[start + filled - bound :][: length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                if filled == length:
+                    break
+        return block
+
+
 class TokenStream:
     """A sequence of N token ids, cut into windows of T = block_size tokens and their T successors.
 
     Args:
-        ids: the ids, one dimension; a memory map is read window by window.
+        ids: the ids, one dimension; what is memory-mapped is read window by window.
         block_size: T.
         device: where batches go.
 
@@ -52,7 +83,7 @@ class TokenStream:
         ValueError: fewer than T + 1 tokens.
     """
 
-    def __init__(self, ids: np.ndarray, block_size: int, device: torch.device | str = "cpu"):
+    def __init__(self, ids: np.ndarray | MappedIds, block_size: int, device: torch.device | str = "cpu"):
         if len(ids) < block_size + 1:
             raise ValueError(
                 f"the text has {len(ids)} tokens, but one block takes {block_size + 1} (the context length and one "
@@ -63,16 +94,27 @@ class TokenStream:
         # One epoch: windows side by side from a random offset, in a random order.
         self.windows_per_epoch = max(1, (len(ids) - block_size) // block_size)
         self.offsets = min(block_size, len(ids) - self.windows_per_epoch * block_size)
-        small = not isinstance(ids, np.memmap) and 4 * len(ids) <= ON_DEVICE_BYTES
-        self.ids = torch.from_numpy(ids.astype(np.int32)).to(self.device) if small else ids
+        mapped = isinstance(ids, (MappedIds, np.memmap))
+        if not mapped and 4 * len(ids) <= ON_DEVICE_BYTES:
+            self.ids = torch.from_numpy(ids.astype(np.int32)).to(self.device)
+        else:
+            self.ids = ids if isinstance(ids, MappedIds) else MappedIds([ids])
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _gather(self, index: np.ndarray) -> torch.Tensor:
+    def _blocks(self, starts: np.ndarray) -> torch.Tensor:
+        """The T + 1 ids from each start, B T+1, on the device; any id stands for what is past the end."""
+        length = self.block_size + 1
         if isinstance(self.ids, torch.Tensor):
-            return self.ids[torch.from_numpy(index).to(self.device, non_blocking=True)].long()
-        return torch.from_numpy(self.ids[index].astype(np.int64)).to(self.device, non_blocking=True)
+            # Starts alone travel: so few bytes are copied without waiting for what the device has yet to do.
+            index = torch.from_numpy(starts).to(self.device, non_blocking=True)[:, None]
+            index = index + torch.arange(length, device=self.device)
+            return self.ids[index.clamp_(max=len(self.ids) - 1)].long()
+        block = torch.from_numpy(self.ids.windows(starts, length))
+        if self.device.type == "cuda":
+            block = block.pin_memory()  # or the copy would wait for all that the GPU has yet to do
+        return block.to(self.device, non_blocking=True)
 
     def starts(self, seed: int, rows: np.ndarray) -> np.ndarray:
         """First token of the windows that are the `rows`-th of the whole training."""
@@ -92,7 +134,7 @@ class TokenStream:
             rows: which of them.
         """
         numbers = step * batch_size + np.arange(batch_size)[rows]
-        block = self._gather(self.starts(seed, numbers)[:, None] + np.arange(self.block_size + 1))
+        block = self._blocks(self.starts(seed, numbers))
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
     def windows(self, stride: int | None = None) -> int:
@@ -110,7 +152,7 @@ class TokenStream:
         stride = stride or self.block_size
         offsets = np.arange(self.block_size + 1)
         index = numbers[:, None] * stride + offsets
-        block = self._gather(np.minimum(index, len(self.ids) - 1))
+        block = self._blocks(numbers * stride)
         elsewhere = (index >= len(self.ids)) | (
             (numbers[:, None] > 0) & (offsets <= self.block_size - stride)
         )

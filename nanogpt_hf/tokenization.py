@@ -1,16 +1,32 @@
 """Tokenizers trained on a corpus, character by character or in byte-level BPE; both lossless on any Unicode."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-CHUNK = 10_000  # characters; the tokenizers library is slow on one long text and parallel over many
-BATCH = 1_000  # chunks; what the library returns takes many times the memory of the ids
+CHUNK = 1_000  # characters of a piece of a long text
+BATCH = 1_000  # texts; what the tokenizers library returns takes many times the memory of the ids
+KNOWN_CHARACTERS = 2**24  # of the words whose ids are kept, some 200 MB with all that belongs to them
+
+# Words between the places where `pieces` may cut, with the white space before them.
+_WORD = re.compile(r"\s*\S+(?:[^\S \n]\s*\S*)*|\s+")
+# Characters of which every version of Unicode says the same, and how GPT-2's tokenizer cuts a text of them.
+_LETTERS = "A-Za-zÀ-ÖØ-öø-ɏЀ-ҁҊ-ԯ"
+_PLAIN = re.compile(rf"[\0-\x7f{_LETTERS}«»–—‘’“”…]*")
+_SUBWORD = re.compile(
+    rf" (?:[{_LETTERS}]+|[0-9]+|[^\t-\r {_LETTERS}0-9]+)|[{_LETTERS}]+|'(?:[sdmt]|ll|ve|re)|[^\t-\r {_LETTERS}0-9]+"
+    r"|[0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+)
+# Byte-level BPE spells bytes as characters that can be seen; these are the bytes that are not their own.
+_UNSEEN = [byte for byte in range(256) if not (33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte)]
+SPELLING = {byte: 256 + number for number, byte in enumerate(_UNSEEN)}
+FIRST_LETTER = 0x10000  # from here on there are more code points than tokens, and no surrogates
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -60,6 +76,53 @@ def train_bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedToke
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return _wrap(tokenizer)
+
+
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], count: int
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with up to `count` more tokens, its merges followed by more that are learned from the texts.
+
+    Texts that hold none of the new tokens keep their ids. The library cannot go on with the merges of a tokenizer,
+    but it can begin with any alphabet: here its letters are the tokens that there are.
+
+    Raises:
+        ValueError: the tokenizer is not a byte-level BPE.
+    """
+    backend = tokenizer.backend_tokenizer
+    if not _splits_words(backend) or not isinstance(backend.model, models.BPE):
+        raise ValueError(
+            "--extend_vocabulary needs a base with a byte-level BPE as GPT-2's, which this base's tokenizer is not."
+        )
+    splits = (backend.pre_tokenizer.pre_tokenize_str(piece) for text in texts for piece in pieces(text))
+    words = Counter(word for split in splits for word, _ in split)
+    letters = {
+        word: "".join(chr(FIRST_LETTER + t.id) for t in backend.model.tokenize(word)) for word in words
+    }
+    alphabet = set().union(*letters.values())
+    learner = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + count, limit_alphabet=len(alphabet), min_frequency=2, show_progress=False
+    )
+    learner.train_from_iterator((letters[word] for word in words.elements()), trainer)
+
+    def spell(token: str) -> str:
+        return "".join(backend.id_to_token(ord(letter) - FIRST_LETTER) for letter in token)
+
+    merges = [tuple(map(spell, pair)) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    spec = json.loads(backend.to_str())
+    # Special tokens too: those that the vocabulary lacks would come after the new ones.
+    known = spec["model"]["vocab"] = backend.get_vocab()
+    first = max(known.values()) + 1
+    new = dict.fromkeys(left + right for left, right in merges if left + right not in known)
+    known |= {token: first + number for number, token in enumerate(new)}
+    spec["model"]["merges"] += merges
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **tokenizer.special_tokens_map,
+    )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
@@ -114,23 +177,25 @@ def longest_tokens(tokenizer: PreTrainedTokenizerFast, count: int) -> list[str]:
     return sorted(dict.fromkeys(texts), key=len, reverse=True)[:count]
 
 
-def _pieces(text: str) -> list[str]:
-    """Cut before a space or newline that follows a word: no token of a GPT-2-style tokenizer spans such a place.
+def pieces(text: str, size: int = CHUNK) -> list[str]:
+    """Cut, each `size` characters or a little more, before a space or newline that follows a word: no token of a GPT-2-style tokenizer spans such a place.
 
     Python's white space, which tells where a word ends, holds all that the tokenizers library takes for it.
     """
     place, cuts = re.compile(r"(?<=\S)[ \n]"), [0]
-    while cuts[-1] + CHUNK < len(text) and (cut := place.search(text, cuts[-1] + CHUNK)):
+    while cuts[-1] + size < len(text) and (cut := place.search(text, cuts[-1] + size)):
         cuts.append(cut.start())
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
 def _splits_words(backend: Tokenizer) -> bool:
-    """Whether it cuts text into words as GPT-2's tokenizer does, before anything else."""
+    """Whether it is a BPE that cuts text into words as GPT-2's tokenizer does, before anything else."""
     splitter = backend.pre_tokenizer
     if not isinstance(splitter, pre_tokenizers.ByteLevel) or backend.normalizer is not None:
         return False
-    return splitter.use_regex and not splitter.add_prefix_space
+    no_words_added = all(token.special for token in backend.get_added_tokens_decoder().values())
+    is_bpe = isinstance(backend.model, models.BPE) and no_words_added
+    return is_bpe and splitter.use_regex and not splitter.add_prefix_space
 
 
 def _character_encoder(backend: Tokenizer) -> Callable[[str], np.ndarray] | None:
@@ -160,39 +225,86 @@ def _character_encoder(backend: Tokenizer) -> Callable[[str], np.ndarray] | None
     return encode_text
 
 
-def _library_ids(backend: Tokenizer, pieces: Sequence[str]) -> Iterator[np.ndarray]:
-    """The ids of each piece, with special tokens that are spelt out in it taken for ordinary text."""
+class _WordEncoder:
+    """Text to ids by a table of the words met so far, for a tokenizer that cuts text into words as GPT-2's does.
+
+    A text has few different words. The tokenizers library (0.23.3) spends most of its time on finding them, and looks
+    each of them up again.
+    """
+
+    def __init__(self, backend: Tokenizer):
+        self.backend, self.model = backend, backend.model
+        self.known: dict[str, bytes] = {}  # ids, int32
+        self.characters = 0  # of the words that are known
+
+    def __call__(self, text: str) -> np.ndarray:
+        ids = []
+        for piece in pieces(text):
+            words = (_SUBWORD if _PLAIN.fullmatch(piece) else _WORD).findall(piece)
+            if self.characters > KNOWN_CHARACTERS:
+                self.known, self.characters = {}, 0
+            if new := set(words).difference(self.known):
+                self._learn(new)
+            ids.append(b"".join(map(self.known.__getitem__, words)))
+        return np.frombuffer(bytearray().join(ids), dtype=np.int32)
+
+    def _learn(self, words: set[str]) -> None:
+        self.characters += sum(map(len, words))
+        plain = set(filter(_PLAIN.fullmatch, words))
+        for word in plain:
+            self.known[word] = b"".join(map(self._subword_ids, _SUBWORD.findall(word)))
+        others = list(words - plain)
+        for word, ids in zip(others, _library_ids(self.backend, others), strict=True):
+            self.known[word] = ids.tobytes()
+
+    def _subword_ids(self, subword: str) -> bytes:
+        ids = self.known.get(subword)
+        if ids is None:
+            tokens = self.model.tokenize(subword.encode().decode("latin-1").translate(SPELLING))
+            ids = self.known[subword] = np.array([token.id for token in tokens], dtype=np.int32).tobytes()
+            self.characters += len(subword)
+        return ids
+
+
+def _library_ids(backend: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
+    """The ids of each text, with special tokens that are spelt out in it taken for ordinary text."""
     before = backend.encode_special_tokens
-    for start in range(0, len(pieces), BATCH):
+    for start in range(0, len(texts), BATCH):
         backend.encode_special_tokens = True
-        encodings = backend.encode_batch_fast(pieces[start : start + BATCH], add_special_tokens=False)
+        encodings = backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
         backend.encode_special_tokens = before
         yield from (np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
 
 
-def _encode_each(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarray] | None:
+    """What `encode` does, for a tokenizer whose texts may be cut into `pieces`; it grows faster with use.
+
+    None for all others, which the tokenizers library encodes as a whole.
+    """
     backend = tokenizer.backend_tokenizer
     encode_text = _character_encoder(backend)
-    if encode_text is not None:
-        return [encode_text(text) for text in texts]
-    pieces = [_pieces(text) if _splits_words(backend) else [text] for text in texts]
-    ids = _library_ids(backend, list(chain.from_iterable(pieces)))
-    return [np.concatenate([next(ids) for _ in parts]) for parts in pieces]
+    return _WordEncoder(backend) if encode_text is None and _splits_words(backend) else encode_text
+
+
+def encode_each(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Iterator[np.ndarray]:
+    """The ids of each text, as `encode` gives them."""
+    encode_text = text_encoder(tokenizer)
+    return map(encode_text, texts) if encode_text else _library_ids(tokenizer.backend_tokenizer, texts)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
     """The ids of a text, as an int32 array; a special token spelt out in the text stays ordinary text.
 
     A table look-up where tokens are characters (hundreds of millions a second, against 9 million of the
-    tokenizers library on 2 cores), the library elsewhere.
+    tokenizers library on 2 cores) or parts of words, the library elsewhere.
     """
-    return _encode_each(tokenizer, [text])[0]
+    return next(encode_each(tokenizer, [text]))
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> np.ndarray:
     """The ids of all documents, as an int32 array, with the end-of-text token between each two."""
     end = np.array([tokenizer.eos_token_id], dtype=np.int32)
-    return np.concatenate([part for ids in _encode_each(tokenizer, documents) for part in (end, ids)][1:])
+    return np.concatenate([part for ids in encode_each(tokenizer, documents) for part in (end, ids)][1:])
 
 
 def encode_with_spans(

@@ -27,16 +27,17 @@ DEFAULTS = {
     ),
     "baby": dict(
         architecture="modern",
+        n_positions=512,
         dropout=0.3,
-        torch_compile=False,  # takes 100 s to start and saves 20
         optim="muon",
         muon_learning_rate=0.015,
         learning_rate=3e-3,
-        weight_decay=0.1,
-        per_device_train_batch_size=64,
-        max_steps=1500,
-        eval_steps=100,
-        save_steps=500,
+        weight_decay=1.0,
+        per_device_train_batch_size=32,
+        max_steps=3000,
+        logging_steps=50,
+        eval_steps=250,
+        save_steps=1500,
     ),
 }
 

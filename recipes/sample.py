@@ -11,7 +11,10 @@ import os
 import sys
 from dataclasses import dataclass
 
+import torch
+
 from nanogpt_hf.generation import generate_text, stream_text
+from nanogpt_hf.hardware import device_type, has_fast_bf16
 from nanogpt_hf.loading import load_model_and_tokenizer
 from nanogpt_hf.safe_text import printable
 from nanogpt_hf.settings import parse, run_recipe, setting
@@ -29,7 +32,8 @@ class SampleSettings:
         None, "choose among the likeliest tokens that hold this share of probability"
     )
     stop: list[str] = setting([], "end before the first of these strings")
-    seed: int | None = setting(None, "the same seed gives the same text")
+    seed: int | None = setting(None, "the same seed gives the same text on the same device")
+    use_cpu: bool = setting(False, "leave a GPU alone")
 
     def __post_init__(self):
         if self.model is None:
@@ -47,7 +51,10 @@ class SampleSettings:
 
 def main() -> None:
     settings = parse(SampleSettings, __doc__)
-    model, tokenizer = load_model_and_tokenizer(settings.model)
+    device = device_type(settings.use_cpu)
+    dtype = torch.bfloat16 if device == "cuda" and has_fast_bf16(device) else torch.float32
+    model, tokenizer = load_model_and_tokenizer(settings.model, dtype)
+    model.to(device)
     options = {
         name: getattr(settings, name)
         for name in (

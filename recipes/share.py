@@ -3,9 +3,11 @@
     python recipes/share.py --model runs/tiny_shakespeare-char --hub_model_id my-name/shakespeare
     python recipes/share.py --model runs/tiny_shakespeare-char --hub_model_id shakespeare --hub_private_repo
     python recipes/share.py --model runs/tiny_shakespeare-char --output_dir plain
+    python recipes/share.py --model runs/my_adapter --merge --output_dir plain
 
-The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project. Uploading needs a
-token: `hf auth login`. Doing it again sends only what has changed.
+The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project; an adapter
+as it is, or with --merge as the whole model. Uploading needs a token: `hf auth login`. Doing it again sends only what
+has changed.
 """
 
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ class ShareSettings:
     hub_model_id: str | None = setting(None, "upload to this name on the Hub, NAME or OWNER/NAME")
     hub_private_repo: bool = setting(False, "make the Hub repository private")
     hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt"] = setting("auto", "checkpoint format")
+    merge: bool = setting(False, "merge an adapter into its base")
     output_dir: str | None = setting(None, "write the checkpoint into this folder")
 
     def __post_init__(self):
@@ -38,11 +41,15 @@ def main() -> None:
     if settings.hub_model_id:
         check_push(settings.hub_model_id, settings.hub_private_repo)
     if settings.output_dir:
-        export_run(settings.model, settings.output_dir, settings.hub_format)
+        export_run(settings.model, settings.output_dir, settings.hub_format, merge=settings.merge)
         print(f"written to {settings.output_dir}")
     if settings.hub_model_id:
-        format, private = settings.hub_format, settings.hub_private_repo
-        print(f"shared at {push(settings.model, settings.hub_model_id, private=private, format=format)}")
+        options = {
+            "private": settings.hub_private_repo,
+            "format": settings.hub_format,
+            "merge": settings.merge,
+        }
+        print(f"shared at {push(settings.model, settings.hub_model_id, **options)}")
 
 
 if __name__ == "__main__":

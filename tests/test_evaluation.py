@@ -140,7 +140,10 @@ def loss_by_definition(model, ids, places):
 def test_the_loss_is_that_of_a_plain_loop_in_float64_for_any_batch_size(kind, folders, corpus, accelerator):
     model, stream = stream_of(folders[kind], corpus)
     model.train()  # as in the middle of a training, with its dropout
-    splits = [evaluate_split(model, stream, corpus.validation, size, accelerator) for size in (1, 7, 64)]
+    splits = [
+        evaluate_split(model, stream, corpus.characters("validation"), size, accelerator)
+        for size in (1, 7, 64)
+    ]
     assert model.training
     ids = stream.ids.numpy()
     places = [((last - 1) // T * T, last) for last in range(1, len(ids))]
@@ -153,7 +156,7 @@ def test_the_loss_is_that_of_a_plain_loop_in_float64_for_any_batch_size(kind, fo
 @pytest.mark.parametrize("stride", [1, 5, T])
 def test_a_stride_gives_every_token_at_least_so_much_context(stride, folders, corpus, accelerator):
     model, stream = stream_of(folders["char"], corpus)
-    split = evaluate_split(model, stream, corpus.validation, 32, accelerator, stride)
+    split = evaluate_split(model, stream, corpus.characters("validation"), 32, accelerator, stride)
     ids, places = stream.ids.numpy(), []
     for last in range(1, len(ids)):
         first = max(0, math.ceil((last - T) / stride)) * stride  # the first window that holds it
@@ -462,10 +465,10 @@ def test_a_model_of_two_documents_stops_after_the_first(tmp_path):
             optim="muon",
             learning_rate=3e-3,
             per_device_train_batch_size=8,
-            max_steps=150,
+            max_steps=300,
             warmup_steps=10,
-            eval_steps=150,
-            save_steps=150,
+            eval_steps=300,
+            save_steps=300,
             use_cpu=True,
         )
     )

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.optimization import Muon, make_optimizers, make_schedule, orthogonalize, set_learning_rates
 from nanogpt_hf.settings import TrainingSettings
-from nanogpt_hf.training import accumulate_gradients, step_seed
+from nanogpt_hf.stepping import accumulate_gradients, step_seed
 
 
 def make():

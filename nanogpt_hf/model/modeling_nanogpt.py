@@ -6,6 +6,7 @@ transformers and its safetensors.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -246,6 +247,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 f"The sequence has {T + past} tokens, more than the model's context of {self.config.n_positions} "
                 "(n_positions): shorten it, or generate with nanogpt_hf.generation, which slides the window."
             )
+        given_positions = position_ids
         if position_ids is None:
             position_ids = (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)  # 1 T
 
@@ -254,13 +256,20 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             inputs_embeds = inputs_embeds + self.wpe(position_ids)
         else:
             rotation = rotation_angles(self.config, position_ids)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        if torch.is_autocast_enabled(inputs_embeds.device.type):
+            # The sums of the residual branches in the branches' own dtype halve what moves between the kernels.
+            inputs_embeds = inputs_embeds.to(torch.get_autocast_dtype(inputs_embeds.device.type))
+        mask = None
+        given = (attention_mask, past_key_values, given_positions)
+        if self.config._attn_implementation != "sdpa" or any(part is not None for part in given):
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                # To look for packed sequences in them stalls the device; in those made here there are none.
+                position_ids=given_positions,
+            )  # else the kernel masks what is to come by itself, and a CUDA graph can record it
         hidden_states = self.drop(inputs_embeds)
         for block in self.h:
             hidden_states = block(
@@ -300,6 +309,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
+        loss_from_hidden_states: Callable[..., torch.Tensor] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B T V), and the loss in nats when there are labels.
@@ -310,6 +320,8 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many positions only; 0 means all.
             num_items_in_batch: divide the summed loss by this many tokens instead of by this batch's own, so
                 that the losses of accumulated micro-batches add up to the loss of the whole batch.
+            loss_from_hidden_states: takes the last hidden states (B T C), the head (V C), shift_labels and
+                num_items_in_batch, and gives the loss without the logits, which the output then lacks.
         """
         output = self.transformer(
             input_ids=input_ids,
@@ -320,6 +332,11 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if loss_from_hidden_states is not None:
+            loss = loss_from_hidden_states(
+                output.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch
+            )
+            return CausalLMOutputWithPast(loss=loss)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None

@@ -1,0 +1,284 @@
+"""Tokens a second, scaling efficiency and memory of the project's own training step on the GPUs that are here.
+
+    python benchmarks/scaling.py                                   # GPT-2 with DDP, gpt2-xl with FSDP2 and DDP
+    python benchmarks/scaling.py --presets gpt2 --processes 1 4    # one size, on 1 and 4 GPUs
+    python benchmarks/scaling.py --profile                         # and where the time of a step goes
+    python benchmarks/scaling.py --tiny                            # a small model on one and two CPU processes
+
+Every row is a launch of its own with a file of accelerate_configs/, one after another, on random tokens: no corpus, no
+evaluation, no checkpoint. Each GPU has the same batch in all rows of a size, so efficiency is tokens a second
+over those of the same layout on one GPU times their number.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+from accelerate.utils import set_seed
+
+from nanogpt_hf import NanoGPTForCausalLM, preset_config
+from nanogpt_hf.hardware import describe_device, make_accelerator
+from nanogpt_hf.optimization import make_optimizers
+from nanogpt_hf.settings import TrainingSettings, run_recipe
+from nanogpt_hf.stepping import Stepper
+from nanogpt_hf.token_stream import TokenStream
+
+ROOT = Path(__file__).parents[1]
+# Launch settings of a layout on one process, and on several.
+CONFIGS = {
+    "DDP": ("gpu", "gpus_ddp"),
+    "FSDP2": ("gpus_fsdp2", "gpus_fsdp2"),
+    "FSDP2, checkpointing": ("gpus_fsdp2_checkpointing", "gpus_fsdp2_checkpointing"),
+}
+ON_CPU = {"DDP": ("cpu", "cpu_2_processes")}
+# Sequences a device, and layouts.
+SIZES = {
+    "gpt2": (32, ["DDP"]),
+    "gpt2-xl": (8, ["FSDP2", "FSDP2, checkpointing", "DDP"]),
+    "cpu": (4, ["DDP"]),
+}
+WARM_UP = 5
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--presets", nargs="+", choices=[*SIZES], default=["gpt2", "gpt2-xl"], help="sizes to measure")
+    add("--layouts", nargs="+", choices=[*CONFIGS], help="default: those that suit the size")
+    add("--processes", nargs="+", type=int, help="numbers of GPUs; default: 1, 2, 4 … all that are here")
+    add(
+        "--per_device_train_batch_size", type=int, help="sequences a GPU; default: 32 for gpt2, 8 for gpt2-xl"
+    )
+    add("--n_positions", type=int, help="context length; default: the preset's")
+    add("--steps", type=int, default=20, help="steps measured, after 5 that are not")
+    add("--max_minutes", type=float, default=None, help="begin no further row after this time")
+    add("--token_ids", help="a .npy file of token ids instead of random ones")
+    add("--no_compile", action="store_true", help="leave torch.compile out")
+    add("--profile", action="store_true", help="profile three more steps of every row")
+    add("--tiny", action="store_true", help="a small model on the CPU, to try the script")
+    add("--output", help="file for the rows as JSON")
+    add("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.tiny:
+        args.presets, args.processes = ["cpu"], args.processes or [1, 2]
+    return args
+
+
+# --- one row, in the processes that accelerate has launched ---
+
+
+def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> dict | None:
+    """The numbers of one row; None in all processes but the first."""
+    settings = TrainingSettings(
+        preset=preset,
+        per_device_train_batch_size=batch,
+        use_cpu=args.tiny,
+        torch_compile=False if args.no_compile or args.tiny else None,
+    )
+    accelerator = make_accelerator(settings)
+    sizes = dict(n_layer=2, n_positions=32, vocab_size=256) if args.tiny else {}
+    sizes |= {"n_positions": args.n_positions} if args.n_positions else {}
+    config = preset_config(preset, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
+    config.vocab_size += -config.vocab_size % settings.pad_to_multiple_of
+    set_seed(settings.seed)
+    with accelerator.device:  # initialised where it is fast
+        model = NanoGPTForCausalLM(config)
+    if settings.gradient_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if args.token_ids:
+        ids = np.load(args.token_ids, mmap_mode="r")
+    else:
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, size=2**20, dtype=np.uint16)
+    stream = TokenStream(ids, config.n_positions, accelerator.device)
+    model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
+    optimizers = [optimizer.optimizer for optimizer in optimizers]
+    model.train()
+    stepper = Stepper(accelerator, settings, model, optimizers, stream, lambda step: 1.0)
+
+    def take_step(step: int) -> torch.Tensor:
+        return stepper(step)[0]
+
+    for step in range(WARM_UP):
+        take_step(step)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, loss = timed(take_step, range(WARM_UP, WARM_UP + args.steps), accelerator.device)
+    memory = torch.tensor([peak_memory(accelerator.device)], device=accelerator.device)
+    row = {
+        "seconds_a_step": median(seconds),
+        "slowest_step": max(seconds),
+        "tokens_per_s": stepper.batch_size * config.n_positions / median(seconds),
+        "peak_memory_gib": accelerator.gather(memory).max().item() / 2**30,
+        "loss": accelerator.reduce(loss, reduction="sum").item(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "hardware": describe_device(accelerator),
+    }
+    if args.profile and accelerator.device.type == "cuda":
+        row["profile"] = profile(take_step, range(WARM_UP + args.steps, WARM_UP + args.steps + 3))
+    accelerator.end_training()
+    return row if accelerator.is_main_process else None
+
+
+def timed(take_step, steps: range, device: torch.device) -> tuple[list[float], torch.Tensor]:
+    """Seconds of every step, measured on the device without stopping it between steps, and the last loss."""
+    on_gpu = device.type == "cuda"
+
+    def now():
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    times = [now()]
+    for step in steps:
+        loss = take_step(step)
+        times.append(now())
+    if not on_gpu:
+        return np.diff(times).tolist(), loss
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1000 for a, b in zip(times, times[1:], strict=False)], loss
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that torch held at most: on a GPU since the last reset; a CPU process knows only its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def profile(take_step, steps: range) -> dict[str, float]:
+    """Where the first GPU's time of a step goes, in ms: kernels that compute, that communicate, and what overlaps."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for step in steps:
+            take_step(step)
+        torch.cuda.synchronize()
+    spans = {"communication": [], "computation": []}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kind = "communication" if "nccl" in event.name.lower() else "computation"
+            spans[kind].append((event.time_range.start, event.time_range.end))
+    covered = {kind: length(intervals) for kind, intervals in spans.items()}
+    both = length(spans["communication"] + spans["computation"])
+    alone = both - covered["computation"]
+    everything = spans["communication"] + spans["computation"]
+    whole = max(end for _, end in everything) - min(start for start, _ in everything)
+    microseconds = covered | {"communication_alone": alone, "idle": whole - both, "step": whole}
+    return {name: value / 1000 / len(steps) for name, value in microseconds.items()}
+
+
+def length(intervals: list[tuple[float, float]]) -> float:
+    """Of the union of some intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+# --- all rows ---
+
+
+def launch(preset: str, layout: str, processes: int, batch: int, args: argparse.Namespace) -> dict:
+    """A row, measured in processes of its own; `error` says why there is none."""
+    config = (ON_CPU if args.tiny else CONFIGS)[layout][processes > 1]
+    place = ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml", "--num_processes", processes]
+    place += ["--main_process_port", 0] + ([] if args.tiny else ["--gpu_ids", "all"])
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "row.json"
+        work = json.dumps([preset, layout, batch, str(result)])
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *place, __file__]
+        command += [*sys.argv[1:], "--worker", work]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace")
+        row = {"preset": preset, "layout": layout, "processes": processes, "batch_per_device": batch}
+        if result.exists():
+            return row | json.loads(result.read_text())
+        said = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        return row | {"error": said[0].strip() if said else f"ended with status {done.returncode}"}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; efficiency is against one process of the same size and layout."""
+    lines = [
+        "| model | layout | GPUs | batch a GPU | tokens/s | efficiency | ms a step | GiB a GPU |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        start = f"| {row['preset']} | {row['layout']} | {row['processes']} | {row['batch_per_device']} "
+        if "error" in row:
+            lines.append(f"{start}| {row['error'][:80]} | | | |")
+            continue
+        share = f"{row['efficiency']:.1%}" if "efficiency" in row else ""
+        lines.append(
+            f"{start}| {row['tokens_per_s']:,.0f} | {share} | {1000 * row['seconds_a_step']:.1f} "
+            f"| {row['peak_memory_gib']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def add_efficiency(rows: list[dict]) -> None:
+    """To every row of several processes that has one of a single process to be compared with."""
+    alone = {(row["preset"], row["layout"]): row for row in rows if row["processes"] == 1}
+    for row in rows:
+        one = alone.get((row["preset"], row["layout"]), row)
+        if row["processes"] > 1 and "tokens_per_s" in row and "tokens_per_s" in one and one is not row:
+            row["efficiency"] = row["tokens_per_s"] / row["processes"] / one["tokens_per_s"]
+
+
+def main() -> None:
+    args = parse()
+    if args.worker:
+        preset, layout, batch, result = json.loads(args.worker)
+        row = measure(preset, layout, batch, args)
+        if row is not None:
+            Path(result).write_text(json.dumps(row))
+        return
+    here = torch.cuda.device_count()
+    if not args.tiny and not here:
+        raise ValueError("there is no GPU to measure on: --tiny tries the script on the CPU.")
+    counts = args.processes or sorted({2**n for n in range(10) if 2**n <= here} | {here})
+    if not args.tiny and max(counts) > here:
+        raise ValueError(f"--processes {max(counts)} is more than the {here} GPUs that are here.")
+    started, rows = time.monotonic(), []
+    for preset in args.presets:
+        batch, layouts = SIZES[preset]
+        for layout in args.layouts or layouts:
+            for processes in counts:
+                size = args.per_device_train_batch_size or batch
+                if args.max_minutes and time.monotonic() - started > 60 * args.max_minutes:
+                    rows.append(
+                        {"preset": preset, "layout": layout, "processes": processes, "batch_per_device": size}
+                        | {"error": "not run: out of time"}
+                    )
+                    continue
+                rows.append(launch(preset, layout, processes, size, args))
+                print(json.dumps(rows[-1]), flush=True)
+    add_efficiency(rows)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
+    hardware = next((row["hardware"] for row in rows if "hardware" in row), "no row")
+    print(f"\n{hardware}; {versions}; {datetime.date.today()}; {time.monotonic() - started:.0f} s in all\n")
+    print(table(rows))
+    if args.output:
+        report = {"versions": versions, "date": str(datetime.date.today()), "rows": rows}
+        Path(args.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if any("error" in row and not row["error"].startswith("not run") for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_recipe(main)
