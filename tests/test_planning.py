@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from nanogpt_hf import NanoGPTForCausalLM, preset_config
+from nanogpt_hf import NanoGPTForCausalLM, fused_loss, preset_config
+from nanogpt_hf.fused_loss import linear_cross_entropy
 from nanogpt_hf.model import PRESETS, find_preset
 from nanogpt_hf.optimization import make_optimizers
 from nanogpt_hf.planning import (
@@ -29,7 +30,7 @@ from nanogpt_hf.planning import (
     usual_layouts,
 )
 from nanogpt_hf.settings import TrainingSettings
-from nanogpt_hf.training import accumulate_gradients
+from nanogpt_hf.stepping import accumulate_gradients
 
 ROOT = Path(__file__).parents[1]
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -104,7 +105,13 @@ def kept_by_forward(config, batch_size: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=x, shift_labels=x, use_cache=False).loss
+            loss = model(
+                input_ids=x,
+                shift_labels=x,
+                num_items_in_batch=torch.tensor(x.numel()),
+                loss_from_hidden_states=linear_cross_entropy,
+                use_cache=False,
+            ).loss
     assert loss.isfinite()
     return sum(count for pointer, (count, _) in kept.items() if pointer not in parameters)
 
