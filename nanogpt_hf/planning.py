@@ -255,8 +255,8 @@ def step_memory(
     """Bytes on every GPU at the worst moment of a step, by what they are for.
 
     The moments compared: the loss, where all activations are alive; the backward pass of the last block, which may have
-    been recomputed; and that of the first one, where all gradients are. On one GPU a CUDA graph keeps a step's peak,
-    weights and moments left out, for itself between the steps too.
+    been recomputed; that of the first one, where most gradients are; and its end, where all are. On one GPU a CUDA
+    graph keeps a step's peak, weights and moments left out, for itself between the steps too.
 
     Args:
         batch_size: sequences a device and micro-batch.
@@ -268,7 +268,6 @@ def step_memory(
     tokens = batch_size * config.n_positions / layout.cp_size
     C, L = config.n_embd, config.n_layer
     fsdp = layout.shards > 1
-    fused = not fsdp  # stepping.keeps_logits
     local = size.parameters - size.matrices * (1 - 1 / layout.tp_size)  # before sharding
     block = size.block / layout.tp_size
     root = local - L * block
@@ -288,31 +287,28 @@ def step_memory(
     if layout.cp_size > 1:  # keys and values of the whole sequence, while a block attends
         kept += 2 * 2 * C / layout.tp_size * batch_size * config.n_positions
     hidden = (8 if config.mlp == "swiglu" else 4) * config.inner_size / layout.tp_size
-    # Gradients of a block's activations, as torch's MemTracker finds them.
-    in_block = (3 * C + hidden) * tokens + (one_block if layout.gradient_checkpointing else 0)
+    in_block = (3 * C + hidden) * tokens  # gradients of its activations, as torch's MemTracker finds them
+    again = one_block if layout.gradient_checkpointing else 0
 
-    # Gradients of weights: float32 beside the weights. DDP holds them from the start, as views of its buckets, and
-    # earlier micro-batches leave theirs. The tied embedding's come in two parts: the head's waits for the other.
+    # Gradients of weights: float32 beside the weights. Earlier micro-batches leave theirs; DDP holds them from the
+    # start, as views of its buckets. The tied embedding's come in two parts, of which the head's waits for the other.
     begun = 4 * sharded if accumulation > 1 or (layout.dp_replicate_size > 1 and not fsdp) else 0
     from_head = (2 if fsdp else 4) * size.embedding
-    complete = 4 * sharded + from_head
-    if fsdp:
-        # whole, in bfloat16 and in float32 to be reduced: of a block or of the root, beside the block's before it
-        complete += 4 * block + 6 * max(block, root)
-    if fused:  # by the end of the forward pass; and the hidden states' gradient
-        moments = [
-            (
-                gathered + 2 * size.embedding,
-                begun + 6 * size.embedding,  # the head's in float32, and a chunk's part of it in bfloat16
-                kept + 2 * C * tokens,
-                logits_bytes(config, tokens, device=device),
-            )
-        ]
-    else:
-        moments = [(gathered, begun, kept, logits_bytes(config, tokens, fused=False))]
-    moments += [
-        (gathered, begun + from_head, kept + in_block, 0),
-        (gathered if fsdp else 2 * block, complete, one_block + in_block, 0),
+    complete = 4 * sharded + from_head * (2 if begun else 1)
+    # FSDP2's whole ones, in bfloat16 and in float32 to be reduced: a block's or the root's, beside the last block's.
+    reducing = 4 * block + 6 * max(block, root) if fsdp else 0
+
+    if fsdp:  # the head is called as a module (stepping.keeps_logits)
+        loss = (gathered, begun, kept, logits_bytes(config, tokens, fused=False))
+    else:  # the head's copy, its gradient in float32 and a chunk's part of it, the gradient of ln_f's output
+        head, logits = size.embedding, logits_bytes(config, tokens, device=device)
+        loss = (gathered + 2 * head, begun + 6 * head, kept + 2 * C * tokens, logits)
+    left = 2 * root if fsdp else 0
+    moments = [
+        loss,
+        (gathered, begun + from_head + reducing, kept + again + in_block, 0),
+        (left + 2 * block, complete - 4 * block / layout.shards + reducing, one_block + in_block, 0),
+        (left, complete + reducing, 0, 0),
     ]
     moments = [
         states | dict(zip(("bfloat16 weights", "gradients", "activations", "logits"), moment, strict=True))

@@ -92,9 +92,11 @@ def test_days_of_a_published_run():
 # --- memory that a step on the CPU holds ---
 
 
-def kept_by_forward(config, batch_size: int) -> int:
+def kept_by_forward(config, batch_size: int, compiled: bool) -> int:
     """Bytes of all that autograd keeps under autocast, parameters left out."""
     model = NanoGPTForCausalLM(config).train()
+    for block in model.transformer.h if compiled else ():
+        block.compile(backend="aot_eager_decomp_partition")  # keeps what inductor does, and needs no compiler
     x = torch.randint(config.vocab_size, (batch_size, config.n_positions))
     kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -116,16 +118,13 @@ def kept_by_forward(config, batch_size: int) -> int:
     return sum(count for pointer, (count, _) in kept.items() if pointer not in parameters)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])
 @pytest.mark.parametrize("fields, batch_size", [({}, 2), ({"n_embd": 96, "n_head": 3, "n_positions": 48}, 5)])
-def test_a_block_keeps_what_is_planned_to_the_byte(architecture, fields, batch_size):
+def test_a_block_keeps_what_is_planned_to_the_byte(fields, batch_size, architecture, compiled):
     less, more = (small_config(architecture, n_layer=n, **fields) for n in (2, 3))
-    kept = kept_by_forward(more, batch_size) - kept_by_forward(less, batch_size)
-    per_token = sum(activation_bytes(more).values())
-    if (
-        architecture == "modern"
-    ):  # on CPUs rms_norm is several operations, and keeps what it has normalised too
-        per_token += 4 * 4 * more.n_embd
+    kept = kept_by_forward(more, batch_size, compiled) - kept_by_forward(less, batch_size, compiled)
+    per_token = sum(activation_bytes(more, compiled, device="cpu").values())
     weights = 2 * measure_size(more).matrices / more.n_layer
     assert kept == per_token * batch_size * more.n_positions + weights
 
@@ -165,26 +164,41 @@ def own_accelerate_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-SMALL_VOCABULARY = dict(n_embd=128, vocab_size=64)
+FEW_WORDS = dict(n_embd=128, vocab_size=64)
+MANY_WORDS = {"vocab_size": 4096}
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
 @pytest.mark.parametrize(
     "fields, batch_size, micro_batches, checkpointing",
     [
-        ({"vocab_size": 4096}, 4, 1, False),  # the logits are the most
-        (SMALL_VOCABULARY, 4, 2, False),  # the activations, beside gradients of an earlier micro-batch
-        (SMALL_VOCABULARY, 8, 1, True),  # a recomputed block
-        (SMALL_VOCABULARY, 1, 1, True),  # the gradients
+        (MANY_WORDS, 4, 1, False),  # the logits, in chunks, are the most
+        (MANY_WORDS, 1, 2, False),  # the head, its gradient and those of an earlier micro-batch
+        (FEW_WORDS, 4, 2, False),  # the activations, beside gradients of an earlier micro-batch
+        (FEW_WORDS, 16, 1, True),  # the last block, recomputed
+        (FEW_WORDS, 1, 1, True),  # the gradients of all weights
     ],
 )
 def test_the_peak_of_a_step_is_what_is_planned(
-    fields, batch_size, micro_batches, checkpointing, own_accelerate_state
+    fields, batch_size, micro_batches, checkpointing, architecture, own_accelerate_state, monkeypatch
 ):
-    config = small_config(**fields)
+    monkeypatch.setattr(fused_loss, "CHUNK_BYTES", 2**18)
+    config = small_config(architecture, **fields)
     peak = peak_of_a_step(config, batch_size, micro_batches, checkpointing)
     layout = Layout(gradient_checkpointing=checkpointing)
-    planned = sum(step_memory(measure_size(config), layout, batch_size, micro_batches).values())
-    assert planned == pytest.approx(peak, rel=0.1)
+    terms = step_memory(measure_size(config), layout, batch_size, micro_batches, device="cpu")
+    assert sum(terms.values()) == pytest.approx(peak, rel=0.1)
+
+
+def test_on_a_gpu_logits_take_a_chunk_and_under_fsdp2_all_their_float32_copies():
+    size = size_of("gpt2")
+    tokens = 64 * 1024
+    chunked, whole = (
+        step_memory(size, layout, 64)["logits"] for layout in (Layout(), Layout(dp_shard_size=2))
+    )
+    assert chunked == fused_loss.CHUNK_BYTES < 2 * tokens * 50257
+    assert whole == 3 * 4 * tokens * 50257
+    assert step_memory(size, Layout(), 2)["logits"] == 2 * (2 * 1024) * 50257
 
 
 # --- layouts ---
