@@ -224,9 +224,8 @@ def activation_bytes(
         kept["rotation"] = 2 * 2 * C / tp_size
     if config.resid_pdrop:
         kept["dropout masks"] = 2 * C
-    if (
-        device == "cpu" and rms
-    ):  # CPU only: rms_norm is several operations, and keeps what it has normalised too
+    if device == "cpu" and rms and not compiled:
+        # CPU only: rms_norm is several operations there, and keeps what it has normalised too
         kept["float32 norms"] = 4 * C * (4 if config.qk_norm else 2)
     return kept
 
@@ -294,8 +293,8 @@ def step_memory(
     # start, as views of its buckets. The tied embedding's come in two parts, of which the head's waits for the other.
     begun = 4 * sharded if accumulation > 1 or (layout.dp_replicate_size > 1 and not fsdp) else 0
     from_head = (2 if fsdp else 4) * size.embedding
-    complete = 4 * sharded + from_head * (2 if begun else 1)
-    # FSDP2's whole ones, in bfloat16 and in float32 to be reduced: a block's or the root's, beside the last block's.
+    complete = 4 * sharded + from_head * (2 if begun and not fsdp else 1)
+    # FSDP2's whole ones, in bfloat16 and in float32 to be reduced: a block's or the root's, beside another block's.
     reducing = 4 * block + 6 * max(block, root) if fsdp else 0
 
     if fsdp:  # the head is called as a module (stepping.keeps_logits)
