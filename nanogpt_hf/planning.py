@@ -216,9 +216,7 @@ def activation_bytes(
         # c_fc's output and c_proj's input; eagerly, SwiGLU's gate after its silu too
         "mlp": (3 if gated and compiled else 4 if gated else 2) * 2 * inner / tp_size,
     }
-    if (
-        config.qk_norm
-    ):  # the input of both norms in float32, which compiled code makes anew; their rotated output
+    if config.qk_norm:  # both norms' input in float32, which compiled code makes anew; their rotated output
         kept["qk_norm"] = ((0 if compiled else 2 * 4 * C) + 2 * 2 * C + 2 * 4 * H) / tp_size
     elif config.positions == "rotary":
         kept["rotation"] = 2 * 2 * C / tp_size
@@ -302,17 +300,12 @@ def step_memory(
     else:  # the head's copy, its gradient in float32 and a chunk's part of it, the gradient of ln_f's output
         head, logits = size.embedding, logits_bytes(config, tokens, device=device)
         loss = (gathered + 2 * head, begun + 6 * head, kept + 2 * C * tokens, logits)
+    last = (gathered, begun + from_head + reducing, kept + again + in_block, 0)
     left = 2 * root if fsdp else 0
-    moments = [
-        loss,
-        (gathered, begun + from_head + reducing, kept + again + in_block, 0),
-        (left + 2 * block, complete - 4 * block / layout.shards + reducing, one_block + in_block, 0),
-        (left, complete + reducing, 0, 0),
-    ]
-    moments = [
-        states | dict(zip(("bfloat16 weights", "gradients", "activations", "logits"), moment, strict=True))
-        for moment in moments
-    ]
+    first = (left + 2 * block, complete - 4 * block / layout.shards + reducing, one_block + in_block, 0)
+    end = (left, complete + reducing, 0, 0)
+    names = ("bfloat16 weights", "gradients", "activations", "logits")
+    moments = [states | dict(zip(names, moment, strict=True)) for moment in (loss, last, first, end)]
     return max(moments, key=lambda terms: sum(terms.values()))
 
 
