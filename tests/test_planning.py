@@ -172,7 +172,7 @@ def own_accelerate_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-FEW_WORDS = dict(n_embd=128, vocab_size=64)
+FEW_WORDS = {"vocab_size": 64}
 MANY_WORDS = {"vocab_size": 4096}
 
 
@@ -183,7 +183,7 @@ MANY_WORDS = {"vocab_size": 4096}
         (MANY_WORDS, 4, 1, False),  # the logits, in chunks, are the most
         (MANY_WORDS, 1, 2, False),  # the head, its gradient and those of an earlier micro-batch
         (FEW_WORDS, 4, 2, False),  # the activations, beside gradients of an earlier micro-batch
-        (FEW_WORDS, 8, 1, True),  # the last block, recomputed
+        (FEW_WORDS, 4, 2, True),  # the last block, recomputed beside earlier gradients
         (FEW_WORDS, 1, 1, True),  # the gradients of all weights
     ],
 )
