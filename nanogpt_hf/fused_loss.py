@@ -54,6 +54,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 part = (logits.T @ hidden[chunk])[:V]
                 weight_grad = part.float() if weight_grad is None else weight_grad.add_(part)
+                del part
+            del logits  # before the next chunk's are there
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return losses.sum() * scale
