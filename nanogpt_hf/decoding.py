@@ -91,8 +91,8 @@ class StaticDecoder:
         config, network = model.config, model.transformer
         self.wte = network.wte.weight
         room = -(-room // 16) * 16  # CUDA's attention wants the rows of its mask aligned
-        self.blocks = [_Block(block, rows) for block in network.h]
-        self.norm, self.head = _plain(network.ln_f, rows), _plain(model.lm_head, rows)
+        self.blocks = [_Block(block) for block in network.h]
+        self.norm, self.head = _plain(network.ln_f), _plain(model.lm_head)
         on_device = {"device": self.wte.device, "dtype": torch.long}
         D = config.n_embd // config.n_head
         self.keys, self.values = self.wte.new_zeros(2, config.n_layer, rows, config.n_head, room, D)
@@ -180,15 +180,15 @@ class StaticDecoder:
 class _Block:
     """A NanoGPTBlock at one token, over plain functions."""
 
-    def __init__(self, block: NanoGPTBlock, rows: int):
+    def __init__(self, block: NanoGPTBlock):
         attention, mlp = block.attn, block.mlp
         self.heads, self.scaling = (3, -1, attention.head_dim), attention.scaling
-        self.ln_1, self.ln_2 = _plain(block.ln_1, rows), _plain(block.ln_2, rows)
-        self.c_attn, self.c_proj = _plain(attention.c_attn, rows), _plain(attention.c_proj, rows)
+        self.ln_1, self.ln_2 = _plain(block.ln_1), _plain(block.ln_2)
+        self.c_attn, self.c_proj = _plain(attention.c_attn), _plain(attention.c_proj)
         self.qk_norm = attention.config.qk_norm
         if self.qk_norm:
-            self.q_norm, self.k_norm = _plain(attention.q_norm, rows), _plain(attention.k_norm, rows)
-        self.c_fc, self.c_out = _plain(mlp.c_fc, rows), _plain(mlp.c_proj, rows)
+            self.q_norm, self.k_norm = _plain(attention.q_norm), _plain(attention.k_norm)
+        self.c_fc, self.c_out = _plain(mlp.c_fc), _plain(mlp.c_proj)
         self.activation = _swiglu if mlp.gated else mlp.activation
 
     def __call__(self, x, cache, position, rotation, mask):
@@ -222,7 +222,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> tor
     return (x / norm.hypot(floor) * weight).to(x.dtype)
 
 
-def _plain(module: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _plain(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """A layer as a function of x (B C): no hooks, no reshaping. What is not one of the network's own stays itself."""
     if type(module) is nn.LayerNorm:
         shape = module.normalized_shape
@@ -234,28 +234,9 @@ def _plain(module: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tenso
     if type(module) not in (Conv1D, nn.Linear):
         return module
     weight, bias = module.weight, module.bias
-    parts = torch.get_num_threads() if rows == 1 and weight.device.type == "cpu" else 1
-    if parts > 1 and weight.dtype == torch.float32 and weight.numel() >= 2**18:
-        return _split(module, parts)
     if type(module) is Conv1D:
         return partial(torch.addmm, bias, mat2=weight)
     return partial(F.linear, weight=weight, bias=bias)
-
-
-def _split(module: Conv1D | nn.Linear, parts: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The product of one row with a large matrix on several cores: MKL takes one core for it, but one for each matrix
-    of a batch. Every core gets whole rows of the weight as it lies in memory."""
-    weight, bias = module.weight, module.bias
-    parts = math.gcd(parts, len(weight))
-    weight = weight.unflatten(0, (parts, -1))
-    if type(module) is Conv1D:  # some of the inputs each: the results are added up
-        bias = (bias / parts).expand(parts, 1, -1)
-        return lambda x: torch.baddbmm(bias, x.view(parts, 1, -1), weight).sum(0)
-    weight = weight.transpose(1, 2)  # some of the outputs each
-    if bias is None:
-        return lambda x: torch.bmm(x.expand(parts, 1, -1), weight).view(1, -1)
-    bias = bias.view(parts, 1, -1)
-    return lambda x: torch.baddbmm(bias, x.expand(parts, 1, -1), weight).view(1, -1)
 
 
 def make_decoder(

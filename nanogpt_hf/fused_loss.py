@@ -54,6 +54,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 part = (logits.T @ hidden[chunk])[:V]
                 weight_grad = part.float() if weight_grad is None else weight_grad.add_(part)
+                del part
+            del logits  # before the next chunk's are there
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return losses.sum() * scale
@@ -78,7 +80,7 @@ def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, scale: torch.
     logs = logits.float().log_softmax(dim=-1)
     losses = -logs.gather(1, places)[:, 0] * counts
     gradient = logs.exp_().scatter_add_(1, places, logs.new_full(places.shape, -1.0))
-    logits.copy_(gradient * (counts * scale)[:, None])
+    logits.copy_(gradient.mul_((counts * scale)[:, None]))
     return losses
 
 

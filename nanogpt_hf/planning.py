@@ -1,6 +1,6 @@
 """What a size needs before anybody pays for it: parameters, FLOPs, memory a GPU, days.
 
-Parameters are counted on the meta device. Memory is the peak of one training step of `training.py`: bfloat16 autocast,
+Parameters are counted on the meta device. Memory is the peak of one training step of `stepping.py`: bfloat16 autocast,
 float32 weights, fused AdamW, attention that never holds its T x T scores. Every estimate is a sum of named terms.
 
 Shapes: B sequences a micro-batch, T tokens, C channels, H heads, I width of the MLP, V vocabulary.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from . import fused_loss
 from .model import NanoGPTConfig, NanoGPTForCausalLM
 
 GIB = 2**30
@@ -189,55 +190,81 @@ def check_layout(layout: Layout, config: NanoGPTConfig, gpus: int) -> None:
         )
 
 
-def activation_bytes(config: NanoGPTConfig, compiled: bool = False, tp_size: int = 1) -> dict[str, float]:
+def norm_input_bytes(config: NanoGPTConfig, compiled: bool, device: str) -> int:
+    """Bytes a channel of what a norm keeps of its input, the bfloat16 residual stream.
+
+    The norms compute in float32, and keep that copy; compiled code makes it anew. CPU only: autocast leaves LayerNorm
+    in bfloat16.
+    """
+    return 2 if compiled or (device == "cpu" and config.norm == "layernorm") else 4
+
+
+def activation_bytes(
+    config: NanoGPTConfig, compiled: bool = False, tp_size: int = 1, device: str = "cuda"
+) -> dict[str, float]:
     """What the forward pass of one block keeps for the backward pass, bytes a token.
 
-    2 bytes are a bfloat16 value and 4 a float32 one: the residual stream and what enters a norm are float32.
+    2 bytes are a bfloat16 value and 4 a float32 one.
     """
     C, H, inner = config.n_embd, config.n_head, config.inner_size
     gated, rms = config.mlp == "swiglu", config.norm == "rmsnorm"
     kept = {
-        "norms": 2 * (4 * C + (4 if rms else 8)),  # input; 1/std, and LayerNorm's mean
+        # input; 1/std, and LayerNorm's mean
+        "norms": 2 * (norm_input_bytes(config, compiled, device) * C + (4 if rms else 8)),
         "normalised": 2 * 2 * C,  # input of c_attn and c_fc
         "attention": (3 * 2 * C + 2 * C + 4 * H) / tp_size,  # query, key, value; output; log-sum-exp
         # c_fc's output and c_proj's input; eagerly, SwiGLU's gate after its silu too
         "mlp": (3 if gated and compiled else 4 if gated else 2) * 2 * inner / tp_size,
     }
-    if (
-        config.qk_norm
-    ):  # the input of both norms in float32, which compiled code makes anew; their rotated output
+    if config.qk_norm:  # both norms' input in float32, which compiled code makes anew; their rotated output
         kept["qk_norm"] = ((0 if compiled else 2 * 4 * C) + 2 * 2 * C + 2 * 4 * H) / tp_size
     elif config.positions == "rotary":
         kept["rotation"] = 2 * 2 * C / tp_size
     if config.resid_pdrop:
         kept["dropout masks"] = 2 * C
+    if device == "cpu" and rms and not compiled:
+        # CPU only: rms_norm is several operations there, and keeps what it has normalised too
+        kept["float32 norms"] = 4 * C * (4 if config.qk_norm else 2)
     return kept
 
 
-def logits_bytes(config: NanoGPTConfig, compiled: bool = False) -> float:
-    """What logits and cross-entropy hold at their peak, bytes a token.
+def logits_bytes(config: NanoGPTConfig, tokens: float, fused: bool = True, device: str = "cuda") -> float:
+    """What logits and cross-entropy hold at their peak.
 
-    Eager, in the backward pass: log-probabilities, their gradient and that of the logits, all float32. Compiled, at the
-    end of the forward pass: logits in bfloat16, and in float32 for accelerate, which returns them so.
+    Fused with the head: one chunk of bfloat16 logits, which become their gradient in place; CPU only: beside two
+    float32 copies. Otherwise, in the backward pass: log-probabilities, their gradient and that of the logits, all
+    float32.
     """
-    return (2 + 4 if compiled else 3 * 4) * config.vocab_size
+    if not fused:
+        return 3 * 4 * config.vocab_size * tokens
+    chunk = min(2 * config.vocab_size * tokens, fused_loss.CHUNK_BYTES)
+    return chunk * (5 if device == "cpu" else 1)
 
 
 def step_memory(
-    size: Size, layout: Layout, batch_size: int, accumulation: int = 1, compiled: bool = False
+    size: Size,
+    layout: Layout,
+    batch_size: int,
+    accumulation: int = 1,
+    compiled: bool = False,
+    device: str = "cuda",
 ) -> dict[str, float]:
     """Bytes on every GPU at the worst moment of a step, by what they are for.
 
-    The moments compared: the loss, where all activations are alive; the last block's recomputation or the first block's
-    backward pass, where most gradients are; and the end of the backward pass, where all are.
+    The moments compared: the loss, where all activations are alive; the backward pass of the last block, which may have
+    been recomputed; that of the first one, where most gradients are; and its end, where all are. On one GPU a CUDA
+    graph keeps a step's peak, weights and moments left out, for itself between the steps too.
 
     Args:
         batch_size: sequences a device and micro-batch.
         accumulation: micro-batches a step.
+        compiled: the blocks are; head and loss never.
+        device: cuda, or cpu, where torch keeps other things: for checks without a GPU.
     """
     config = size.config
     tokens = batch_size * config.n_positions / layout.cp_size
-    fsdp, C, L = layout.shards > 1, config.n_embd, config.n_layer
+    C, L = config.n_embd, config.n_layer
+    fsdp = layout.shards > 1
     local = size.parameters - size.matrices * (1 - 1 / layout.tp_size)  # before sharding
     block = size.block / layout.tp_size
     root = local - L * block
@@ -247,35 +274,38 @@ def step_memory(
     # bfloat16 copies of the weights: gathered by FSDP2, of which the root keeps its own, or cast by autocast.
     if fsdp:
         gathered = 2 * (root + block * (min(2, L) if layout.reshard_after_forward else L))
-        recomputing = gathered
     else:
-        blocks = 0 if layout.gradient_checkpointing else 2 * size.matrices / layout.tp_size
-        gathered, recomputing = 2 * size.embedding + blocks, 2 * block
+        gathered = 2 * block if layout.gradient_checkpointing else 2 * size.matrices / layout.tp_size
 
-    # Activations; under FSDP2 the residual stream is bfloat16 between the blocks.
-    one_block = sum(activation_bytes(config, compiled, layout.tp_size).values()) * tokens
-    kept = L * ((2 if fsdp else 4) * C * tokens if layout.gradient_checkpointing else one_block)
-    kept += (6 * C + (C if config.embd_pdrop else 0)) * tokens  # ln_f's input and output; embd_pdrop's mask
+    # Activations. Beside those of the blocks, ln_f's input and output and embd_pdrop's mask.
+    one_block = sum(activation_bytes(config, compiled, layout.tp_size, device).values()) * tokens
+    kept = L * (2 * C * tokens if layout.gradient_checkpointing else one_block)
+    kept += (norm_input_bytes(config, False, device) * C + 2 * C + (C if config.embd_pdrop else 0)) * tokens
     if layout.cp_size > 1:  # keys and values of the whole sequence, while a block attends
         kept += 2 * 2 * C / layout.tp_size * batch_size * config.n_positions
     hidden = (8 if config.mlp == "swiglu" else 4) * config.inner_size / layout.tp_size
-    in_block = one_block + (3 * C + hidden) * tokens  # its gradients, as torch's MemTracker finds them
-    logits = logits_bytes(config, compiled) * tokens
+    in_block = (3 * C + hidden) * tokens  # gradients of its activations, as torch's MemTracker finds them
+    again = one_block if layout.gradient_checkpointing else 0
 
-    # Gradients: float32 beside the weights, the tied embedding's in two parts; DDP has buckets of the same size.
-    # FSDP2 reduces them in bfloat16, and those that are accumulated stay whole on every GPU.
-    earlier = accumulation > 1
-    buckets = 4 * local if layout.dp_replicate_size > 1 and not fsdp else 0
-    begun = (2 * local if fsdp else 4 * local) * earlier + buckets
-    tied = 4 * size.embedding / layout.shards
-    complete = 4 * sharded + tied + buckets + (2 * (local * earlier + 2 * block) if fsdp else 0)
-    moments = [(gathered, begun, kept, logits), (recomputing, complete, in_block, 0)]
-    if layout.gradient_checkpointing:
-        moments.append((recomputing, begun + tied, kept + in_block, 0))
-    moments = [
-        states | dict(zip(("bfloat16 weights", "gradients", "activations", "logits"), moment, strict=True))
-        for moment in moments
-    ]
+    # Gradients of weights: float32 beside the weights. Earlier micro-batches leave theirs; DDP holds them from the
+    # start, as views of its buckets. The tied embedding's come in two parts, of which the head's waits for the other.
+    begun = 4 * sharded if accumulation > 1 or (layout.dp_replicate_size > 1 and not fsdp) else 0
+    from_head = (2 if fsdp else 4) * size.embedding
+    complete = 4 * sharded + from_head * (2 if begun and not fsdp else 1)
+    # FSDP2's whole ones, in bfloat16 and in float32 to be reduced: a block's or the root's, beside another block's.
+    reducing = 4 * block + 6 * max(block, root) if fsdp else 0
+
+    if fsdp:  # the head is called as a module (stepping.keeps_logits)
+        loss = (gathered, begun, kept, logits_bytes(config, tokens, fused=False))
+    else:  # the head's copy, its gradient in float32 and a chunk's part of it, the gradient of ln_f's output
+        head, logits = size.embedding, logits_bytes(config, tokens, device=device)
+        loss = (gathered + 2 * head, begun + 6 * head, kept + 2 * C * tokens, logits)
+    last = (gathered, begun + from_head + reducing, kept + again + in_block, 0)
+    left = 2 * root if fsdp else 0
+    first = (left + 2 * block, complete - 4 * block / layout.shards + reducing, one_block + in_block, 0)
+    end = (left, complete + reducing, 0, 0)
+    names = ("bfloat16 weights", "gradients", "activations", "logits")
+    moments = [states | dict(zip(names, moment, strict=True)) for moment in (loss, last, first, end)]
     return max(moments, key=lambda terms: sum(terms.values()))
 
 

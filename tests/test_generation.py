@@ -19,10 +19,9 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.pytorch_utils import Conv1D
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.decoding import CachedDecoder, Sampler, StaticDecoder, _split, make_decoder
+from nanogpt_hf.decoding import CachedDecoder, Sampler, StaticDecoder, make_decoder
 from nanogpt_hf.generation import generate_ids
 
 ROOT = Path(__file__).parents[1]
@@ -125,17 +124,6 @@ def test_gpt2_of_transformers_goes_through_its_own_forward():
 def test_bfloat16():
     model = make("modern").to(torch.bfloat16)
     assert written(model, prompt(2, 5), 40, seed=1).shape == (2, 40)
-
-
-@pytest.mark.parametrize(
-    "layer", [Conv1D(24, 30), torch.nn.Linear(30, 24), torch.nn.Linear(30, 25, bias=False)]
-)
-@pytest.mark.parametrize("parts", [1, 2, 4, 7])
-def test_a_product_over_several_cores_is_the_same(layer, parts):
-    x = torch.randn(1, 30)
-    with torch.inference_mode():
-        torch.nn.init.normal_(layer.weight)
-        torch.testing.assert_close(_split(layer, parts)(x), layer(x))
 
 
 def probabilities(logits, temperature, top_k, top_p):
