@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -171,10 +172,17 @@ class StaticDecoder:
             with torch.cuda.stream(stream):
                 self._step_on_device()
             torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(self.sampler.generator)
-            with torch.cuda.graph(self.graph):
-                self._step_on_device()
+            self.graph, generator = torch.cuda.CUDAGraph(), self.sampler.generator
+            before = generator.clone_state()
+            self.graph.register_generator_state(generator)
+            try:
+                with torch.cuda.graph(self.graph):
+                    self._step_on_device()
+            except RuntimeError:  # the same tokens, one launch after the other
+                generator.graphsafe_set_state(
+                    before
+                )  # the one in use still waits for the end of the recording
+                self.graph = SimpleNamespace(replay=self._step_on_device)
 
 
 class _Block:

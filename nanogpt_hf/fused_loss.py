@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Losses (N) of logits (N V), which become the gradient of the losses' sum times scale; -100 is no target."""
-    if logits.is_cuda and _kernel_works():
+    if logits.is_cuda and _kernel_works(logits.device):
         return _softmax_gradient_in_one_kernel(logits, targets, scale)
     counts = targets != -100
     places = targets.clamp(min=0)[:, None]
@@ -85,11 +85,11 @@ def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, scale: torch.
 
 
 @functools.cache
-def _kernel_works() -> bool:
+def _kernel_works(device: torch.device) -> bool:
     """Whether Triton is here (torch on Windows has none), and the C compiler that it needs."""
-    one = torch.zeros(1, 1, device="cuda")
+    one = torch.zeros(1, 1, device=device)
     try:
-        _softmax_gradient_in_one_kernel(one, torch.zeros(1, dtype=torch.long, device="cuda"), one.sum())
+        _softmax_gradient_in_one_kernel(one, torch.zeros(1, dtype=torch.long, device=device), one.sum())
     except Exception:  # as many kinds as there are reasons
         return False
     return True

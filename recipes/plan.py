@@ -112,6 +112,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         layouts = usual_layouts(config, settings.gpus)
     size = measure_size(config)
     batch_tokens = settings.batch_tokens or preset.batch_tokens
+    micro_batch = settings.per_device_train_batch_size * config.n_positions
+    if settings.batch_tokens and settings.batch_tokens < micro_batch:
+        raise ValueError(
+            f"--batch_tokens is {settings.batch_tokens:,}, less than one micro-batch of {micro_batch:,} tokens: give "
+            "more, or a smaller --per_device_train_batch_size or --n_positions."
+        )
     batch = (settings.per_device_train_batch_size, batch_tokens, settings.torch_compile)
     rows = [plan_layout(size, layout, gpu, *batch) for layout in layouts]
     budgets = plan_budgets(size, settings.gpus, gpu, settings.mfu, batch_tokens)
