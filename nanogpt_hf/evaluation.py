@@ -79,7 +79,7 @@ def _losses(
     model: torch.nn.Module, stream: TokenStream, numbers: np.ndarray, batch_size: int, stride: int | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of some windows of the stream, batch by batch: nats (B T), and whether they count (B T)."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = getattr(model, "module", model).get_input_embeddings().weight.shape[0]  # inside of DDP
     batch_size = min(batch_size, max(1, LOGITS_AT_ONCE // (stream.block_size * vocabulary)))
     for start in range(0, len(numbers), batch_size):
         x, y = stream.window_batch(numbers[start : start + batch_size], stride)
