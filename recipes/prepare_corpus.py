@@ -3,7 +3,7 @@
     python recipes/prepare_corpus.py --corpus my_texts/ --tokenizer openai-community/gpt2 --output_dir data/mine
     python recipes/prepare_corpus.py --corpus Skylion007/openwebtext --output_dir data/openwebtext   # 18 GB
     python recipes/prepare_corpus.py --corpus tiny_shakespeare --tokenizer tokenizers/tiny_shakespeare-bpe-1024 \\
-        --output_dir data/tiny_shakespeare   # a second on a laptop
+        --output_dir data/tiny_shakespeare   # a small one, to try
 
 Killed, it goes on where it was when the same command is given again, to the same bytes. A Hub dataset is downloaded
 by `datasets` and read from its memory-mapped cache; a folder, glob or file is read as a stream. So the memory that it
@@ -33,7 +33,7 @@ class PreparationSettings:
     output_dir: str | None = setting(None, "folder for the shards; default data/CORPUS")
     overwrite_output_dir: bool = setting(False, "replace the shards that are in the folder")
     validation_split_percentage: float = setting(
-        0.05, "percent of the text held out, where the corpus has no validation split"
+        0.05, "percent of the text held out, where the corpus has no validation split; more for less than 100 MB"
     )
     shard_tokens: int = setting(10**8, "tokens a shard")
     num_proc: int = setting(0, "processes that tokenise; default: one a core")
