@@ -33,7 +33,8 @@ class PreparationSettings:
     output_dir: str | None = setting(None, "folder for the shards; default data/CORPUS")
     overwrite_output_dir: bool = setting(False, "replace the shards that are in the folder")
     validation_split_percentage: float = setting(
-        0.05, "percent of the text held out, where the corpus has no validation split; more for less than 100 MB"
+        0.05,
+        "percent of the text held out, where the corpus has no validation split; more for less than 100 MB",
     )
     shard_tokens: int = setting(10**8, "tokens a shard")
     num_proc: int = setting(0, "processes that tokenise; default: one a core")
