@@ -33,9 +33,7 @@ def ours(config, spec, device):
     from nanogpt_hf.token_stream import TokenStream
 
     torch.set_float32_matmul_precision("high")
-    settings = TrainingSettings(
-        per_device_train_batch_size=spec["batch_size"], optim=spec.get("optim", "adamw"), max_grad_norm=1.0
-    )
+    settings = TrainingSettings(per_device_train_batch_size=spec["batch_size"])  # AdamW, clipping at 1
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if device == "cuda" else "no")
     ids = np.random.default_rng(0).integers(0, config.vocab_size, spec["block_size"] * 4096 + 1)
     stream = TokenStream(ids, spec["block_size"], accelerator.device)

@@ -13,7 +13,7 @@ from .settings import TrainingSettings
 
 def device_type(use_cpu: bool = False) -> str:
     """cuda, mps or cpu: what a run would take."""
-    if use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
+    if use_cpu or _is_on(os.environ, "ACCELERATE_USE_CPU"):
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"

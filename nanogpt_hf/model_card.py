@@ -22,7 +22,6 @@ NOT_IN_A_CARD = (
     "corpus model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
     "hub_model_id hub_private_repo hub_format"
 ).split()
-KINDS = {"adapter": "An adapter (LoRA)"}
 LOADING = {
     "plain": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", {name})\n',
     "nanogpt": (
@@ -173,7 +172,7 @@ def _opening_words(format: str, config: dict, folder: Path, corpus_name: str | N
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             sizes += [prod(file.get_slice(key).get_shape()) for key in file.keys()]
-    words = f"{KINDS.get(format, 'A GPT')} of {sum(sizes) / 1e6:.2f}M parameters"
+    words = f"{'An adapter (LoRA)' if format == 'adapter' else 'A GPT'} of {sum(sizes) / 1e6:.2f}M parameters"
     if "architecture" in config:
         words += (
             f", architecture {_code(config['architecture'])}: {config['n_layer']} layers, {config['n_head']} heads, "

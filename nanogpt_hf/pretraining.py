@@ -167,10 +167,10 @@ def settle_generation(
     generation = model.generation_config
     generation.do_sample = True
     generation.bos_token_id = generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
-    unseen = corpus.unseen_ids(tokenizer, model.config.vocab_size)
-    if not new:
-        unseen = sorted({*unseen} & {*(generation.suppress_tokens or [])})
-    generation.suppress_tokens = unseen or None
+    candidates = range(model.config.vocab_size) if new else generation.suppress_tokens
+    if candidates:  # or there is no need to read the text
+        unseen = corpus.unseen_ids(tokenizer, model.config.vocab_size)
+        generation.suppress_tokens = sorted({*unseen} & {*candidates}) or None
     suppress_padding(tokenizer, model)  # a base from elsewhere may not say it
 
 

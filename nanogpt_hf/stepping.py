@@ -4,7 +4,7 @@ On one CUDA device the blocks are compiled and, after a few ordinary steps, a wh
 a small model's step is a thousand launches, and the device waits for the host between them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -14,6 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .fused_loss import linear_cross_entropy
+from .loading import first_line
 from .optimization import make_capturable, set_learning_rates
 from .reporting import say
 from .settings import TrainingSettings
@@ -43,14 +44,10 @@ class Stepper:
         model: torch.nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         stream: TokenStream,
-        rate_factor,
+        rate_factor: Callable[[int], float],
     ):
-        self.accelerator, self.settings, self.model, self.optimizers = (
-            accelerator,
-            settings,
-            model,
-            optimizers,
-        )
+        self.accelerator, self.settings = accelerator, settings
+        self.model, self.optimizers = model, optimizers
         self.stream, self.rate_factor = stream, rate_factor
         self.micro_batch = settings.per_device_train_batch_size
         self.batch_size = global_batch_size(settings, accelerator)
@@ -126,7 +123,10 @@ class Stepper:
         except Exception as error:
             if not should_reduce_batch_size(error):  # the first step will meet that again, and answers it
                 self.release()
-                say(self.accelerator, f"torch.compile failed ({_brief(error)}): training goes on without it")
+                say(
+                    self.accelerator,
+                    f"torch.compile failed ({first_line(error)}): training goes on without it",
+                )
         self.model.zero_grad()
 
     def release(self) -> None:
@@ -152,7 +152,7 @@ class Stepper:
             self.graph = CapturedStep(step, batch)
         except Exception as error:
             generator.graphsafe_set_state(before)  # the one in use still waits for the end of the recording
-            say(self.accelerator, f"no CUDA graph ({_brief(error)}): training goes on without it")
+            say(self.accelerator, f"no CUDA graph ({first_line(error)}): training goes on without it")
             self.model.zero_grad()
 
 
@@ -249,8 +249,3 @@ def smaller_batch(accelerator: Accelerator, settings: TrainingSettings, micro_ba
         )
     say(accelerator, f"out of memory with {micro_batch} sequences at once: going on with {micro_batch // 2}")
     return micro_batch // 2
-
-
-def _brief(error: Exception) -> str:
-    """The first line of a library's message."""
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__
