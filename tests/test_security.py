@@ -457,14 +457,14 @@ NAMES = st.sampled_from(sorted(vars(TrainingSettings()))) | st.text(string.ascii
 def test_fuzz_config_files(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "run.yaml"
     path.write_bytes(content)
-    begun = time.monotonic()
+    begun = time.process_time()  # what the input costs, whatever else the machine does
     try:
         result = parse(TrainingSettings, None, argv=["--config", str(path)])
     except ValueError as error:
         sentence(str(error))
     else:
         assert isinstance(result, TrainingSettings)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 @fuzz
