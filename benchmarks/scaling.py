@@ -27,7 +27,7 @@ import transformers
 from accelerate.utils import set_seed
 
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
-from nanogpt_hf.hardware import describe_device, make_accelerator
+from nanogpt_hf.hardware import describe_device, make_accelerator, settle
 from nanogpt_hf.optimization import make_optimizers
 from nanogpt_hf.settings import TrainingSettings, run_recipe
 from nanogpt_hf.stepping import Stepper
@@ -127,6 +127,7 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
     }
     if args.profile and accelerator.device.type == "cuda":
         row["profile"] = profile(take_step, range(WARM_UP + args.steps, WARM_UP + args.steps + 3))
+    settle(accelerator)
     accelerator.end_training()
     return row if accelerator.is_main_process else None
 

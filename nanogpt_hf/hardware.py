@@ -128,6 +128,15 @@ def use_all_cores() -> None:
         )
 
 
+def settle(accelerator: Accelerator) -> None:
+    """Wait for all processes once more, after the last collective and before the process group goes.
+
+    gloo's destructor waits for its threads and keeps Python's lock, for which a thread that still frees the tensors
+    of that collective waits in turn (https://github.com/pytorch/pytorch/issues/56297); waiting here lets it have it.
+    """
+    accelerator.wait_for_everyone()
+
+
 def describe_device(accelerator: Accelerator) -> str:
     device = accelerator.device
     if device.type == "cpu":

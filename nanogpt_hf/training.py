@@ -17,6 +17,7 @@ from .checkpoints import (
 )
 from .corpora import Corpus
 from .evaluation import evaluate_split, validation_stream
+from .hardware import settle
 from .interruption import Interruption
 from .optimization import make_optimizers, make_schedule
 from .reporting import RunLog, not_finite, say
@@ -90,22 +91,24 @@ def train(
                 write_checkpoint(accelerator, settings, model, optimizers, tokenizer, progress)
                 log.restart_clock()
             if interruption.signal:
-                log.close()
-                say(
-                    accelerator,
-                    f"stopped at step {step} with a checkpoint; go on with --resume_from_checkpoint last",
-                )
-                sys.exit(128 + interruption.signal)
+                break
             if interruption.checkpoint:
                 interruption.checkpoint = False
                 say(accelerator, f"checkpoint at step {step}, as asked")
     take_step.release()
+    settle(accelerator)
+    log.close()
+    if interruption.signal:
+        say(
+            accelerator,
+            f"stopped at step {progress.step} with a checkpoint; go on with --resume_from_checkpoint last",
+        )
+        sys.exit(128 + interruption.signal)
     if interruption.out_of_time:
         say(
             accelerator,
             f"--max_minutes {settings.max_minutes} passed at step {progress.step} of {settings.max_steps}",
         )
-    log.close()
     return progress
 
 

@@ -32,7 +32,7 @@ from nanogpt_hf.comparison import (
     table,
 )
 from nanogpt_hf.corpora import load_corpus
-from nanogpt_hf.hardware import device_type, use_all_cores
+from nanogpt_hf.hardware import device_type, settle, use_all_cores
 from nanogpt_hf.loading import check_name, load_model_and_tokenizer
 from nanogpt_hf.reporting import library_versions, say
 from nanogpt_hf.settings import parse, run_recipe, setting
@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stride=settings.stride,
             batch_size=settings.per_device_eval_batch_size,
         )
+        settle(accelerator)
         rows.append(row)
         if accelerator.is_main_process and settings.samples:
             sampling = {"temperature": settings.temperature, "seed": settings.seed}
