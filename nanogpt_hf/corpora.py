@@ -90,9 +90,15 @@ def load_corpus(
     there is no such corpus or text.
     """
     if is_shards(corpus):
-        if document_end:
+        given = {
+            "document_end": bool(document_end),
+            "text_column": text_column != "text",
+            "validation_split_percentage": validation_split_percentage != 10,
+        }
+        if any(given.values()):
             raise ValueError(
-                f"--document_end is set, but {corpus} holds shards, whose documents have their ends: leave it out."
+                f"--{next(filter(given.get, given))} is set, but {corpus} holds shards, which were cut before: leave it "
+                "out."
             )
         return open_shards(corpus)
     percent = validation_split_percentage

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +293,12 @@ def prepare(
         if "validation" in source.splits
         else f"{validation_split_percentage:g}%",
     }
+    encoder, period = Encoder(tokenizer, dtype), round(100 / validation_split_percentage)
+    stream = units(source, whole_documents=encoder.encode_text is None, period=period)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"{corpus} holds no text.")
+    stream = chain([first], stream)
     done, counts = begin(folder, about, overwrite)
     if done is None:
         return json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -300,12 +306,9 @@ def prepare(
         with files_written_whole(folder) as staging:
             tokenizer.save_pretrained(staging)
         write_progress(folder, about, 0, counts)
-    encoder = Encoder(tokenizer, dtype)
     writers = {
         split: SplitWriter(folder, split, dtype, shard_tokens, counts[split].tokens) for split in SPLITS
     }
-    period = round(100 / validation_split_percentage)
-    stream = units(source, whole_documents=encoder.encode_text is None, period=period)
     if sum(1 for _ in islice(stream, done)) < done:
         raise ValueError(f"{corpus} has become shorter: start again with --overwrite_output_dir.")
     bar = tqdm(

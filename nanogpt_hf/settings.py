@@ -91,6 +91,7 @@ class TrainingSettings:
     )
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon")
+    muon_momentum: float = setting(0.95, "momentum of Muon; less suits runs of few steps")
     weight_decay: float = setting(0.1, "decay of matrices (norms and biases have none)")
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment")
     adam_beta2: float = setting(0.99, "decay of AdamW's second moment")
@@ -148,6 +149,9 @@ class TrainingSettings:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}, it must not be negative.")
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 0 and less than 1.")
         if self.seed >= 2**32:
             raise ValueError(f"--seed is {self.seed}, it must be less than {2**32}.")
         for name in ("max_minutes", "early_stopping_patience"):

@@ -48,6 +48,7 @@ def test_defaults_may_depend_on_what_was_said():
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["--learning_rate", "-1"], "must not be negative"),
         (["--learning_rate", "nan"], "must not be negative"),
+        (["--muon_momentum", "1"], "--muon_momentum is 1.0, it must be at least 0 and less than 1"),
         (["--architecture", "llama"], "invalid choice"),
         (["--bf16", "--fp16"], "exclude each other"),
         (["--resume_from_checkpoint", "last", "--overwrite_output_dir"], "exclude each other"),

@@ -252,6 +252,7 @@ def test_bad_input_is_one_sentence(tmp_path, text, options, says):
     error = run.said().strip().splitlines()[-1]
     assert error.startswith("error: ") and "Traceback" not in run.said()
     assert re.search(says, error), error
+    assert says != "holds no text" or not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):
@@ -369,9 +370,12 @@ def test_a_step_has_half_a_million_tokens_on_any_number_of_devices(monkeypatch, 
     assert chosen["gradient_accumulation_steps"] * batch * world * 1024 == 2**19
 
 
-def test_documents_of_shards_have_their_ends(shards):
-    with pytest.raises(ValueError, match="--document_end is set"):
-        load_corpus(str(shards), document_end="\n\n")
+@pytest.mark.parametrize(
+    "option", [{"document_end": "\n\n"}, {"text_column": "body"}, {"validation_split_percentage": 20}]
+)
+def test_shards_were_cut_before(shards, option):
+    with pytest.raises(ValueError, match=f"--{next(iter(option))} is set, but"):
+        load_corpus(str(shards), **option)
 
 
 def test_a_batch_of_none_is_refused_as_any_other_mistake(shards, tmp_path, monkeypatch):

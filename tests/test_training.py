@@ -3,6 +3,8 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.optimization import (
@@ -88,6 +90,11 @@ def test_other_schedules_are_functions_of_the_step(name):
     assert [factor(50), factor(50)] == [factor(50)] * 2 and 0 < factor(20) <= 1
 
 
+def test_momentum_of_muon_is_a_setting():
+    _, muon = make_optimizers(make(), TrainingSettings(optim="muon", muon_momentum=0.8))
+    assert muon.param_groups[0]["momentum"] == 0.8
+
+
 def test_rates_are_set_from_the_peak_each_time():
     optimizers = make_optimizers(
         make(), TrainingSettings(optim="muon", learning_rate=1.0, muon_learning_rate=2.0)
@@ -108,6 +115,14 @@ def test_orthogonalize_sets_singular_values_near_one(shape):
     generator = torch.Generator().manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(3, *shape, generator=generator)))
     assert values.min() > 0.3 and values.max() < 1.3
+
+
+@given(st.integers(1, 20), st.integers(1, 40), st.floats(-6, 0), st.integers(0, 99))
+def test_orthogonalize_of_any_shape_and_condition_is_the_iteration_in_float64(rows, columns, decades, seed):
+    matrix = torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    matrix *= torch.logspace(0, decades, columns, dtype=torch.float64)
+    expected = orthogonalize(matrix).float()
+    torch.testing.assert_close(orthogonalize(matrix.float()), expected, rtol=0, atol=1e-3)
 
 
 def test_muon_takes_the_steps_of_torchs_muon():
