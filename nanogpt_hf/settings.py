@@ -391,7 +391,7 @@ def _is_lost_process(error: BaseException) -> bool:
 
 def _answer(error: BaseException, lost: bool) -> tuple[str | None, int]:
     """What to say to an error and the exit status; nothing to say to one that is ours."""
-    whole = "a checkpoint written before this is whole"
+    whole = "what was saved before this is whole"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted.", 130
     if lost:

@@ -166,7 +166,7 @@ def test_full_disk(corpus, undisturbed, small_disk, tmp_path, kib):
     run = Run(words, log=tmp_path / "log")
     if run.wait() != 2:  # so small that not even run.yaml found room
         said = one_sentence(run, 1)
-        assert "No space left on device" in said and "checkpoint written before this is whole" in said
+        assert "No space left on device" in said and "what was saved before this is whole" in said
         complete = list_checkpoints(folder / "checkpoints")
         assert [damage(path) for path in complete] == [None] * len(complete)
         assert all(math.isfinite(row["train_loss"]) for row in metrics_that_are_whole(folder))
