@@ -22,7 +22,7 @@ DEFAULTS = {
         learning_rate=0.02,
         weight_decay=0.0,
         per_device_train_batch_size=8,
-        max_steps=1200,
+        max_steps=1500,
         eval_steps=250,
         save_steps=1000,
     ),
