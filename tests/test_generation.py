@@ -111,6 +111,31 @@ class TestGreedy:
         assert torch.equal(written(model.cuda(), ids, 100, temperature=0), on_cpu)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_products_split_over_threads_are_the_networks_own(kind, rows, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = make(kind, n_layer=1, n_embd=512, vocab_size=1031, initializer_range=0.05)
+        ids = torch.randint(1031, (rows, 4))
+        seen = []
+        for make_one in (make_decoder, lambda model, sampler, rows, room: CachedDecoder(model, sampler)):
+            logits = []
+
+            def likeliest(row, logits=logits):
+                logits.append(row)
+                return row.argmax(dim=-1)
+
+            with torch.inference_mode():
+                list(make_one(model, likeliest, rows, 16).continue_(ids, 6))
+            seen.append(torch.stack(logits))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+
+
 def test_gpt2_of_transformers_goes_through_its_own_forward():
     ours = make("gpt2")
     theirs = GPT2LMHeadModel(GPT2Config(**SIZES)).eval()
