@@ -90,16 +90,15 @@ def load_corpus(
     there is no such corpus or text.
     """
     if is_shards(corpus):
-        given = {
-            "document_end": bool(document_end),
-            "text_column": text_column != "text",
-            "validation_split_percentage": validation_split_percentage != 10,
-        }
-        if any(given.values()):
-            raise ValueError(
-                f"--{next(filter(given.get, given))} is set, but {corpus} holds shards, which were cut before: leave it "
-                "out."
-            )
+        for name, is_set in (
+            ("document_end", bool(document_end)),
+            ("text_column", text_column != "text"),
+            ("validation_split_percentage", validation_split_percentage != 10),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"--{name} is set, but {corpus} holds shards, which were cut before: leave it out."
+                )
         return open_shards(corpus)
     percent = validation_split_percentage
     if not isinstance(percent, int) or not 1 <= percent <= 99:

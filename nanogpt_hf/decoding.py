@@ -17,6 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .model.modeling_nanogpt import NanoGPTBlock, NanoGPTForCausalLM, RMSNorm, rotation_angles
 
+# A product of few rows reads its weights once, and MKL lets one core do that: 2 cores of an AMD EPYC (2026-11-24) read 8
+# to 12 GB/s of 3072 x 768 weights whole and 15 to 18 as a batch of two halves; below so many weights it costs more.
+SPLIT_FROM = 2**18
+
 
 class Sampler:
     """Draws the next token (B) from logits (B V): temperature, then top-k, then top-p, as transformers orders them.
@@ -179,9 +183,8 @@ class StaticDecoder:
                 with torch.cuda.graph(self.graph):
                     self._step_on_device()
             except RuntimeError:  # the same tokens, one launch after the other
-                generator.graphsafe_set_state(
-                    before
-                )  # the one in use still waits for the end of the recording
+                # The state in use still waits for the end of the recording.
+                generator.graphsafe_set_state(before)
                 self.graph = SimpleNamespace(replay=self._step_on_device)
 
 
@@ -257,11 +260,6 @@ def _plain(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     if type(module) is Conv1D:
         return _split_by_inputs(weight, bias) if split else partial(torch.addmm, bias, mat2=weight)
     return _split_by_outputs(weight, bias) if split else partial(F.linear, weight=weight, bias=bias)
-
-
-# A product of few rows reads its weights once, and MKL lets one core do that: 2 cores of an AMD EPYC (2026-11-24) read 8
-# to 12 GB/s of 3072 x 768 weights whole and 15 to 18 as a batch of two halves; below so many weights it costs more.
-SPLIT_FROM = 2**18
 
 
 def _split_by_inputs(weight: torch.Tensor, bias: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
