@@ -30,6 +30,7 @@ def test_the_tree_in_the_readme_is_the_tree_on_the_disk():
         path.name
         for path in ROOT.iterdir()
         if path.is_dir() and not re.match(r"[.]|runs|data|.*egg-info", path.name)
+        if not (path / "pyvenv.cfg").exists()  # a reader's virtual environment
     }
     modules = {path.name for path in (ROOT / "nanogpt_hf").glob("*.py")} - {"__init__.py"}
     recipes = {path.name for path in (ROOT / "recipes").glob("*.py")}
