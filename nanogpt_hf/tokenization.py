@@ -2,6 +2,7 @@
 
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-CHUNK = 1_000  # characters of a piece of a long text
+CHUNK = 4_000  # characters of a piece of a long text
 BATCH = 1_000  # texts; what the tokenizers library returns takes many times the memory of the ids
 KNOWN_CHARACTERS = 2**24  # of the words whose ids are kept, some 200 MB with all that belongs to them
 
@@ -225,6 +226,21 @@ def _character_encoder(backend: Tokenizer) -> Callable[[str], np.ndarray] | None
     return encode_text
 
 
+class _Subwords(dict):
+    """Subwords met so far -> their ids (int32); one that is new is encoded when it is asked for."""
+
+    def __init__(self, model: models.BPE):
+        super().__init__()
+        self.model = model
+        self.characters = 0  # of all that is known
+
+    def __missing__(self, subword: str) -> bytes:
+        tokens = self.model.tokenize(subword.encode().decode("latin-1").translate(SPELLING))
+        self[subword] = ids = array("i", [token.id for token in tokens]).tobytes()
+        self.characters += len(subword)
+        return ids
+
+
 class _WordEncoder:
     """Text to ids by a table of the words met so far, for a tokenizer that cuts text into words as GPT-2's does.
 
@@ -233,37 +249,29 @@ class _WordEncoder:
     """
 
     def __init__(self, backend: Tokenizer):
-        self.backend, self.model = backend, backend.model
-        self.known: dict[str, bytes] = {}  # ids, int32
-        self.characters = 0  # of the words that are known
+        self.backend, self.known = backend, _Subwords(backend.model)
 
     def __call__(self, text: str) -> np.ndarray:
         ids = []
         for piece in pieces(text):
-            words = (_SUBWORD if _PLAIN.fullmatch(piece) else _WORD).findall(piece)
-            if self.characters > KNOWN_CHARACTERS:
-                self.known, self.characters = {}, 0
-            if new := set(words).difference(self.known):
-                self._learn(new)
+            if self.known.characters > KNOWN_CHARACTERS:
+                self.known = _Subwords(self.backend.model)
+            if _PLAIN.fullmatch(piece):
+                words = _SUBWORD.findall(piece)
+            else:
+                words = _WORD.findall(piece)
+                self._learn({word for word in words if word not in self.known})
             ids.append(b"".join(map(self.known.__getitem__, words)))
         return np.frombuffer(bytearray().join(ids), dtype=np.int32)
 
     def _learn(self, words: set[str]) -> None:
-        self.characters += sum(map(len, words))
         plain = set(filter(_PLAIN.fullmatch, words))
-        for word in plain:
-            self.known[word] = b"".join(map(self._subword_ids, _SUBWORD.findall(word)))
+        encoded = {word: b"".join(map(self.known.__getitem__, _SUBWORD.findall(word))) for word in plain}
         others = list(words - plain)
         for word, ids in zip(others, _library_ids(self.backend, others), strict=True):
-            self.known[word] = ids.tobytes()
-
-    def _subword_ids(self, subword: str) -> bytes:
-        ids = self.known.get(subword)
-        if ids is None:
-            tokens = self.model.tokenize(subword.encode().decode("latin-1").translate(SPELLING))
-            ids = self.known[subword] = np.array([token.id for token in tokens], dtype=np.int32).tobytes()
-            self.characters += len(subword)
-        return ids
+            encoded[word] = ids.tobytes()
+        self.known.update(encoded)
+        self.known.characters += sum(map(len, words))
 
 
 def _library_ids(backend: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
