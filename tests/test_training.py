@@ -145,7 +145,7 @@ def test_muon_takes_the_steps_of_torchs_muon():
 def steps_taken(optim, prepare=lambda optimizers: None):
     """The weights after three steps with rates that change."""
     model = make()
-    optimizers = make_optimizers(model, TrainingSettings(optim=optim, weight_decay=0.3))
+    optimizers = make_optimizers(model, TrainingSettings(optim=optim, weight_decay=0.3, bf16=False))
     prepare(optimizers)
     x, y = ragged_batch(8)
     for factor in (0.5, 1.0, 0.25):
@@ -196,7 +196,8 @@ def test_a_compiled_block_takes_the_steps_of_an_eager_one_and_is_eager_again_in_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-def test_a_recorded_step_is_the_step_itself(architecture, optim):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_recorded_step_is_the_step_itself(architecture, optim, micro_batches):
     """Dropout included: a replay draws the random numbers of its own step."""
     results = []
     for steps_before_capture in (3, -1):
@@ -205,7 +206,12 @@ def test_a_recorded_step_is_the_step_itself(architecture, optim):
             architecture=architecture, vocab_size=50, n_positions=16, n_embd=64, n_layer=2, n_head=2,
             bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        settings = TrainingSettings(optim=optim, per_device_train_batch_size=8, torch_compile=False)
+        settings = TrainingSettings(
+            optim=optim,
+            per_device_train_batch_size=8 // micro_batches,
+            gradient_accumulation_steps=micro_batches,
+            torch_compile=False,
+        )
         accelerator = Accelerator()
         model, *optimizers = accelerator.prepare(
             *(lambda m: (m, *make_optimizers(m, settings)))(NanoGPTForCausalLM(config))
