@@ -47,7 +47,7 @@ SIZES = {
     "gpt2-xl": (8, ["FSDP2", "FSDP2, checkpointing", "DDP"]),
     "cpu": (4, ["DDP"]),
 }
-WARM_UP = 15  # a step is recorded within them
+WARM_UP = 5
 
 
 def parse() -> argparse.Namespace:
@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
         "--per_device_train_batch_size", type=int, help="sequences a GPU; default: 32 for gpt2, 8 for gpt2-xl"
     )
     add("--n_positions", type=int, help="context length; default: the preset's")
-    add("--steps", type=int, default=20, help="steps measured, after 15 that are not")
+    add("--steps", type=int, default=20, help="steps measured, after 5 that are not")
     add("--max_minutes", type=float, default=None, help="begin no further row after this time")
     add("--token_ids", help="a .npy file of token ids instead of random ones")
     add("--no_compile", action="store_true", help="leave torch.compile out")
@@ -125,7 +125,6 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
     }
     if args.profile and accelerator.device.type == "cuda":
         row["profile"] = profile(take_step, range(WARM_UP + args.steps, WARM_UP + args.steps + 3))
-    stepper.release()
     settle(accelerator)
     accelerator.end_training()
     return row if accelerator.is_main_process else None

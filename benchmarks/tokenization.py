@@ -1,38 +1,35 @@
 """Tokens and characters a second: our encoding, tiktoken, and a plain call of the transformers tokenizer.
 
-    python benchmarks/tokenize.py --corpus my_texts/ --tokenizer openai-community/gpt2
-    python benchmarks/tokenize.py --corpus tiny_shakespeare --tokenizer tokenizers/tiny_shakespeare-bpe-1024 --num_proc 1
+    python benchmarks/tokenization.py --corpus my_texts/ --tokenizer openai-community/gpt2
+    python benchmarks/tokenization.py --corpus tiny_shakespeare --tokenizer tokenizers/tiny_shakespeare-bpe-1024 --num_proc 1
 
 All three encode the same documents with the same vocabulary to the same ids (checked), in turn, on the same cores:
 ours as prepare_corpus.py does, in processes of one thread, each time new ones that have met no word before; tiktoken
 and transformers in as many threads of their own.
-Needs the extra `interop`. Prints medians and ratios, and as JSON with --output_file.
+Needs the extra `interop`. Prints medians and ratios, and as JSON with --output_file. (The file is not called tokenize.py
+because the standard library has a module of that name, which all scripts of this folder would lose.)
 """
 
 import json
 import os
 import platform
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-# A script's folder comes first on the path, where this file would stand for the standard library's tokenize.
-sys.path = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
+import numpy as np
+import tiktoken
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
-import numpy as np  # noqa: E402
-import tiktoken  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
-
-from nanogpt_hf.corpora import open_source  # noqa: E402
-from nanogpt_hf.preparation import Unit, in_order, tasks, units, work, worker_pool  # noqa: E402
-from nanogpt_hf.reporting import library_versions  # noqa: E402
-from nanogpt_hf.settings import parse, run_recipe, setting  # noqa: E402
-from nanogpt_hf.shards import width_of  # noqa: E402
-from nanogpt_hf.tokenization import SPELLING, load_tokenizer  # noqa: E402
+from nanogpt_hf.corpora import open_source
+from nanogpt_hf.preparation import Unit, in_order, tasks, units, work, worker_pool
+from nanogpt_hf.reporting import library_versions
+from nanogpt_hf.settings import parse, run_recipe, setting
+from nanogpt_hf.shards import width_of
+from nanogpt_hf.tokenization import SPELLING, load_tokenizer
 
 # The words of GPT-2's tokenizer, as tiktoken writes them.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

@@ -4,12 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 
 import torch
-from accelerate import (
-    Accelerator,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-)
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from accelerate.utils import ProjectConfiguration
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -51,7 +46,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     if plugin is not None and plugin.activation_checkpointing:
         # transformers' own: the wrapper of accelerate (1.15) draws other dropout when it recomputes.
         plugin.activation_checkpointing, settings.gradient_checkpointing = False, True
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=device == "cpu",
         mixed_precision="fp16" if settings.fp16 else "bf16" if bf16 else "no",
         fsdp_plugin=plugin,
@@ -59,9 +54,6 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         log_with=settings.report_to or None,
         project_config=ProjectConfiguration(logging_dir=os.path.join(settings.output_dir or "", "trackers")),
     )
-    if accelerator.distributed_type == DistributedType.MULTI_GPU and device == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # what DDP does on the default stream no graph can record
-    return accelerator
 
 
 def _is_on(environment: Mapping[str, str], name: str) -> bool:

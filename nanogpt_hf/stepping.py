@@ -1,12 +1,11 @@
 """One optimiser step: gradients of the mean loss over all tokens, clipping, update; compiled and captured where it pays.
 
-On CUDA the blocks are compiled and, after a few ordinary steps, a whole step is recorded as a CUDA graph, with DDP's
-communication in it: a small model's step is a thousand launches, and the device waits for the host between them.
+On one CUDA device the blocks are compiled and, after a few ordinary steps, a whole step is recorded as a CUDA graph:
+a small model's step is a thousand launches, and the device waits for the host between them.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ from .reporting import say
 from .settings import TrainingSettings
 from .token_stream import TokenStream, mix
 
-# Ordinary steps, in which kernels are compiled and optimiser states made. DDP measures its first ten backward passes.
-STEPS_BEFORE_CAPTURE, STEPS_OF_DDP = 3, 11
+STEPS_BEFORE_CAPTURE = 3  # ordinary steps in which kernels are compiled and optimiser states made
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and next tokens, each B T; -100 is no token
 
@@ -56,7 +54,7 @@ class Stepper:
         self.rows = np.arange(accelerator.process_index, self.batch_size, accelerator.num_processes)
         self.graph: CapturedStep | None = None
         self.compiled: list[torch.nn.Module] = []
-        self.steps_before_capture = self._steps_before_capture()
+        self.steps_before_capture = STEPS_BEFORE_CAPTURE if self._may_capture() else -1
         with fastest_attention(accelerator.device):
             self._compile()
 
@@ -83,11 +81,11 @@ class Stepper:
                 )
                 for i in range(0, len(self.rows), self.micro_batch)
             ]
-            if self.steps_before_capture == 0:
-                self._capture(micro_batches)
+            if self.steps_before_capture == 0 and len(micro_batches) == 1:
+                self._capture(micro_batches[0])
             self.steps_before_capture -= 1
             if self.graph is not None:
-                return self.graph.replay(micro_batches)
+                return self.graph.replay(micro_batches[0])
             loss = accumulate_gradients(self.accelerator, self.model, micro_batches)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
@@ -137,23 +135,21 @@ class Stepper:
         for block in self.compiled:
             block._compiled_call_impl = None
 
-    def _steps_before_capture(self) -> int:
-        """-1 where no step can be recorded: on a CPU, with FSDP2, and where the host decides on a scale."""
-        alone = self.accelerator.distributed_type == DistributedType.NO
-        data_parallel = self.accelerator.distributed_type == DistributedType.MULTI_GPU
-        if self.accelerator.device.type != "cuda" or self.accelerator.scaler is not None:
-            return -1
-        return STEPS_BEFORE_CAPTURE if alone else STEPS_OF_DDP if data_parallel else -1
+    def _may_capture(self) -> bool:
+        """One CUDA device, one micro-batch a step, and no scaling that the host decides on."""
+        accelerator = self.accelerator
+        alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
+        return alone and accelerator.scaler is None and self.micro_batch >= self.batch_size
 
-    def _capture(self, micro_batches: Sequence[Batch]) -> None:
-        def step(micro_batches):
-            return accumulate_gradients(self.accelerator, self.model, micro_batches), self._update()
+    def _capture(self, batch: Batch) -> None:
+        def step(x, y):
+            return accumulate_gradients(self.accelerator, self.model, [(x, y)]), self._update()
 
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()
         try:
             make_capturable(self.optimizers)
-            self.graph = CapturedStep(step, micro_batches)
+            self.graph = CapturedStep(step, batch)
         except Exception as error:
             generator.graphsafe_set_state(before)  # the one in use still waits for the end of the recording
             say(self.accelerator, f"no CUDA graph ({first_line(error)}): training goes on without it")
@@ -166,18 +162,15 @@ class CapturedStep:
     The random numbers of a replay are those that the device's seed at that time gives, as without a graph.
     """
 
-    def __init__(self, step, micro_batches: Sequence[Batch]):
-        self.micro_batches = [tuple(part.clone() for part in batch) for batch in micro_batches]
+    def __init__(self, step, batch: Batch):
+        self.batch = tuple(part.clone() for part in batch)
         torch.cuda.empty_cache()  # the graph takes memory of its own
         self.graph = torch.cuda.CUDAGraph()
-        # On the stream that DDP was made on, and while NCCL's own thread goes on asking how far the device is.
-        stream = torch.cuda.current_stream()
-        stream = None if stream == torch.cuda.default_stream() else stream
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            self.results = step(self.micro_batches)
+        with torch.cuda.graph(self.graph):
+            self.results = step(*self.batch)
 
-    def replay(self, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        for mine, given in zip(chain(*self.micro_batches), chain(*micro_batches), strict=True):
+    def replay(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        for mine, given in zip(self.batch, batch, strict=True):
             mine.copy_(given)
         self.graph.replay()
         return tuple(result.clone() for result in self.results)
