@@ -5,7 +5,7 @@
     accelerate launch recipes/pretrain_char.py --corpus my_text.txt --output_dir runs/mine
     accelerate launch recipes/pretrain_char.py --preset cpu --max_steps 300     # a short try
 
-Without a GPU it takes the preset `cpu` (0.9M parameters, 3 to 6 minutes on 2 cores), with one `baby` (10.7M).
+Without a GPU it takes the preset `cpu` (0.9M parameters, 2 to 6 minutes on 2 cores), with one `baby` (10.7M).
 """
 
 from nanogpt_hf.pretraining import pretrain_from_command_line
