@@ -66,6 +66,12 @@ def test_imports_go_one_way():
                 )
 
 
+def test_no_script_has_the_name_of_a_module_of_python():
+    """A script's folder comes first on the path, and torch.compile hands that path to its workers."""
+    for script in ROOT.glob("*/*.py"):
+        assert script.stem not in sys.stdlib_module_names, script
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_launch_settings_are_what_accelerate_knows(path):
     config = load_config_from_file(str(path))  # raises on unknown keys
