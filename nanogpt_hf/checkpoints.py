@@ -90,10 +90,15 @@ def _delete_at_once(folder: Path) -> None:
     delete(aside)
 
 
-def _staging(parent: Path) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
+def delete_left_overs(parent: Path) -> None:
+    """What a process that was killed had not finished to write or to delete."""
     for left_over in parent.glob(".unfinished-*"):
         delete(left_over)
+
+
+def _staging(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    delete_left_overs(parent)
     staging = parent / f".unfinished-{os.getpid()}"
     staging.mkdir()
     return staging

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .checkpoints import Progress, damage, delete, newest_good, read_progress
+from .checkpoints import Progress, damage, delete, delete_left_overs, newest_good, read_progress
 from .corpora import Corpus
 from .reporting import library_versions, say, write_yaml
 from .safe_text import without_home
@@ -226,6 +226,7 @@ def open_run_folder(
         if fresh and settings.overwrite_output_dir:
             for name in MADE_BY_A_RUN:
                 delete(folder / name)
+        delete_left_overs(folder / "checkpoints")  # a run that has nothing more to write would leave them
         values = public_values(settings) | {"resume_from_checkpoint": None, "overwrite_output_dir": False}
         record = {
             "corpus": {

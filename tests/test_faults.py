@@ -130,6 +130,17 @@ def test_kills_at_the_writing_of_every_file(corpus, undisturbed, tmp_path):
     print(f"{KILLS} kills at {operations} file operations, all ended as the undisturbed run")
 
 
+def test_a_kill_while_the_last_checkpoint_takes_the_place_of_an_older_one_leaves_nothing(
+    corpus, undisturbed, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    oldest = min((folder / "checkpoints").iterdir(), key=step_of)
+    shutil.copytree(oldest, folder / "checkpoints" / f".unfinished-{oldest.name}")
+    finished(training_words(folder, corpus, *WRITING_MUCH, *GO_ON))
+    must_equal(folder, undisturbed)
+
+
 # --- disks ---
 
 
