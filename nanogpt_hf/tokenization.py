@@ -266,11 +266,11 @@ class _WordEncoder:
 
     def _learn(self, words: set[str]) -> None:
         plain = set(filter(_PLAIN.fullmatch, words))
-        encoded = {word: b"".join(map(self.known.__getitem__, _SUBWORD.findall(word))) for word in plain}
+        for word in plain:
+            self.known[word] = b"".join(map(self.known.__getitem__, _SUBWORD.findall(word)))
         others = list(words - plain)
         for word, ids in zip(others, _library_ids(self.backend, others), strict=True):
-            encoded[word] = ids.tobytes()
-        self.known.update(encoded)
+            self.known[word] = ids.tobytes()
         self.known.characters += sum(map(len, words))
 
 

@@ -4,6 +4,16 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from hub_server import hub  # noqa: E402
 
 __all__ = ["hub"]
+
+
+@pytest.fixture
+def own_accelerate_state():
+    """The test makes the first Accelerator, as a run does: accelerate keeps its device and precision for all others."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

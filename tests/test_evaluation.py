@@ -112,11 +112,8 @@ def folders(corpus, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def accelerator():
-    """The first of this process, as in every run: accelerate keeps the precision of the first for all others."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def accelerator(own_accelerate_state):
+    return Accelerator(cpu=True)
 
 
 def stream_of(folder, corpus):

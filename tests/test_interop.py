@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -176,15 +175,7 @@ def test_a_pipeline_ends_at_the_context_and_at_the_end_of_text(format, trained, 
     assert capfd.readouterr().err == ""
 
 
-@pytest.fixture
-def accelerators_of_its_own():
-    """Trainer's and a recipe's settings of accelerate exclude each other in one process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("accelerators_of_its_own")
+@pytest.mark.usefixtures("own_accelerate_state")
 @pytest.mark.parametrize("format", ["gpt2", "qwen3", "nanogpt"])
 def test_trainer_trains_saves_and_loads_it(format, trained, tmp_path):
     model, tokenizer = trained(*FORMATS[format])

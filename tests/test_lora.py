@@ -410,12 +410,10 @@ def test_an_adapter_of_another_base_is_refused(places, adapter, tmp_path, capsys
 
 
 @pytest.mark.parametrize("variant", ["ours", "trainer"])
-def test_the_benchmark_runs(variant, tmp_path):
+def test_the_benchmark_runs(variant, tmp_path, own_accelerate_state):
     bench = runpy.run_path(str(ROOT / "benchmarks" / "lora_step.py"))
     bench["make_base"](tmp_path, True)
-    AcceleratorState._reset_state(reset_partial_state=True)
     result = bench["measure"](variant, tmp_path, 2, 6, 2)
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert (
         result["tokens_per_s"] == pytest.approx(2 * 32 / (result["step_ms"] / 1000))
         and result["peak_gib"] > 0

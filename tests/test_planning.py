@@ -163,15 +163,6 @@ def peak_of_a_step(config, batch_size: int, micro_batches: int, checkpointing: b
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-@pytest.fixture
-def own_accelerate_state():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 FEW_WORDS = {"vocab_size": 64}
 MANY_WORDS = {"vocab_size": 4096}
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -197,7 +196,7 @@ def test_a_compiled_block_takes_the_steps_of_an_eager_one_and_is_eager_again_in_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-def test_a_recorded_step_is_the_step_itself(architecture, optim):
+def test_a_recorded_step_is_the_step_itself(architecture, optim, own_accelerate_state):
     """Dropout included: a replay draws the random numbers of its own step."""
     results = []
     for steps_before_capture in (3, -1):
@@ -207,7 +206,6 @@ def test_a_recorded_step_is_the_step_itself(architecture, optim):
             bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         settings = TrainingSettings(optim=optim, per_device_train_batch_size=8, torch_compile=False)
-        AcceleratorState._reset_state(reset_partial_state=True)  # others here have made it a CPU's
         accelerator = Accelerator()
         model, *optimizers = accelerator.prepare(
             *(lambda m: (m, *make_optimizers(m, settings)))(NanoGPTForCausalLM(config))
@@ -225,5 +223,4 @@ def test_a_recorded_step_is_the_step_itself(architecture, optim):
         losses = [take_step(step)[0].item() for step in range(10)]
         assert (take_step.graph is not None) == (steps_before_capture == 3)
         results.append((losses, [p.detach().cpu() for p in model.parameters()]))
-    AcceleratorState._reset_state(reset_partial_state=True)
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
