@@ -11,9 +11,18 @@ from hub_server import hub  # noqa: E402
 __all__ = ["hub"]
 
 
+def _forget_accelerators():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files_do_not_share_accelerate_state():
+    _forget_accelerators()
+
+
 @pytest.fixture
 def own_accelerate_state():
     """The test makes the first Accelerator, as a run does: accelerate keeps its device and precision for all others."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    _forget_accelerators()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    _forget_accelerators()
