@@ -1,6 +1,7 @@
 """What the machine has, and an Accelerator that uses it."""
 
 import os
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,6 +10,8 @@ from accelerate.utils import ProjectConfiguration
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .settings import TrainingSettings
+
+SETTLE_SECONDS = 0.5  # a hundred of the 5 ms after which Python's lock changes hands
 
 
 def device_type(use_cpu: bool = False) -> str:
@@ -129,12 +132,15 @@ def use_all_cores() -> None:
 
 
 def settle(accelerator: Accelerator) -> None:
-    """Wait for all processes once more, after the last collective and before the process group goes.
+    """Wait for all processes, and then for the threads of the last collective, before the process group goes.
 
-    gloo's destructor waits for its threads and keeps Python's lock, for which a thread that still frees the tensors
-    of that collective waits in turn (https://github.com/pytorch/pytorch/issues/56297); waiting here lets it have it.
+    gloo's destructor waits for its threads and keeps Python's lock, for which a thread that still frees what that
+    collective held waits in turn (https://github.com/pytorch/pytorch/issues/56297). No call tells whether one does,
+    but while this one sleeps the lock is theirs.
     """
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        time.sleep(SETTLE_SECONDS)
 
 
 def describe_device(accelerator: Accelerator) -> str:
