@@ -23,9 +23,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.generation import generate_ids
-from nanogpt_hf.hardware import device_type
-from nanogpt_hf.settings import parse, run_recipe, setting
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.settings import setting
+from nanogpt_hf.generation.text import generate_ids
+from nanogpt_hf.training.hardware import device_type
 
 # n_layer, n_head, n_embd, n_positions, vocab_size; new tokens on a GPU, on a CPU, and there in large batches
 SIZES = {

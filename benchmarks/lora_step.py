@@ -33,8 +33,8 @@ TINY = dict(n_layer=1, n_head=2, n_embd=32, n_positions=32, vocab_size=384)
 def make_base(folder: Path, tiny: bool) -> None:
     """A GPT-2 of random weights whose tokens are characters, and a text of them, each as likely as the other."""
     from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-    from nanogpt_hf.hub import export
-    from nanogpt_hf.tokenization import train_char_tokenizer
+    from nanogpt_hf.data.tokenization import train_char_tokenizer
+    from nanogpt_hf.sharing.export import export
 
     sizes = TINY if tiny else GPT2
     characters = CHARACTERS[: sizes["vocab_size"] - 257]  # beside them 256 bytes and the end of text
@@ -50,11 +50,11 @@ def make_base(folder: Path, tiny: bool) -> None:
 
 def time_ours(folder: Path, batch: int, steps: int) -> list[float]:
     """Seconds of every step, as the loop reports the mean of each LOGGED of them."""
-    from nanogpt_hf.corpora import load_corpus
-    from nanogpt_hf.finetuning import make
-    from nanogpt_hf.hardware import make_accelerator
-    from nanogpt_hf.settings import FinetuningSettings
-    from nanogpt_hf.training import train
+    from nanogpt_hf.common.settings import FinetuningSettings
+    from nanogpt_hf.data.corpora import load_corpus
+    from nanogpt_hf.runs.finetuning import make
+    from nanogpt_hf.training.hardware import make_accelerator
+    from nanogpt_hf.training.loop import train
 
     settings = FinetuningSettings(
         corpus=str(folder / "text.txt"),
@@ -87,7 +87,7 @@ def time_trainer(folder: Path, batch: int, steps: int, compiled: bool) -> list[f
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    from nanogpt_hf.tokenization import encode, load_tokenizer
+    from nanogpt_hf.data.tokenization import encode, load_tokenizer
 
     model = GPT2LMHeadModel.from_pretrained(folder / "base")
     T, cuda = model.config.n_positions, torch.cuda.is_available()

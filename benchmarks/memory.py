@@ -19,14 +19,15 @@ import torch
 from accelerate.utils import set_seed
 
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
-from nanogpt_hf.comparison import table
-from nanogpt_hf.hardware import make_accelerator
-from nanogpt_hf.optimization import make_optimizers
-from nanogpt_hf.planning import GIB, Layout, measure_size, step_memory
-from nanogpt_hf.reporting import library_versions
-from nanogpt_hf.settings import TrainingSettings, parse, run_recipe, setting
-from nanogpt_hf.stepping import Stepper
-from nanogpt_hf.token_stream import TokenStream
+from nanogpt_hf.analysis.comparison import table
+from nanogpt_hf.analysis.planning import GIB, Layout, measure_size, step_memory
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.settings import TrainingSettings, setting
+from nanogpt_hf.data.token_stream import TokenStream
+from nanogpt_hf.training.hardware import make_accelerator
+from nanogpt_hf.training.optimization import make_optimizers
+from nanogpt_hf.training.reporting import library_versions
+from nanogpt_hf.training.stepping import Stepper
 
 # preset, architecture, sequences a micro-batch, micro-batches, gradient checkpointing, torch.compile
 VARIANTS = [

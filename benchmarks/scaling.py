@@ -27,11 +27,12 @@ import transformers
 from accelerate.utils import set_seed
 
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
-from nanogpt_hf.hardware import describe_device, make_accelerator, settle
-from nanogpt_hf.optimization import make_optimizers
-from nanogpt_hf.settings import TrainingSettings, run_recipe
-from nanogpt_hf.stepping import Stepper
-from nanogpt_hf.token_stream import TokenStream
+from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.data.token_stream import TokenStream
+from nanogpt_hf.training.hardware import describe_device, make_accelerator, settle
+from nanogpt_hf.training.optimization import make_optimizers
+from nanogpt_hf.training.stepping import Stepper
 
 ROOT = Path(__file__).parents[1]
 # Launch settings of a layout on one process, and on several.

@@ -128,7 +128,7 @@ def main() -> None:
             result = ours(words, options.loss, Path(cache))
             results.append({"variant": f"ours, run {number + 1}"} | result)
     if options.nanogpt_dir:
-        from nanogpt_hf.corpora import load_corpus
+        from nanogpt_hf.data.corpora import load_corpus
 
         corpus = load_corpus("tiny_shakespeare")
         with tempfile.TemporaryDirectory() as folder:

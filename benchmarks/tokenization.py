@@ -24,12 +24,13 @@ import tiktoken
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from nanogpt_hf.corpora import open_source
-from nanogpt_hf.preparation import Unit, in_order, tasks, units, work, worker_pool
-from nanogpt_hf.reporting import library_versions
-from nanogpt_hf.settings import parse, run_recipe, setting
-from nanogpt_hf.shards import width_of
-from nanogpt_hf.tokenization import SPELLING, load_tokenizer
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.settings import setting
+from nanogpt_hf.data.preparation import Unit, in_order, tasks, units, work, worker_pool
+from nanogpt_hf.data.readers import open_source
+from nanogpt_hf.data.shards import width_of
+from nanogpt_hf.data.tokenization import SPELLING, load_tokenizer
+from nanogpt_hf.training.reporting import library_versions
 
 # The words of GPT-2's tokenizer, as tiktoken writes them.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

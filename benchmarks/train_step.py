@@ -27,10 +27,10 @@ def ours(config, spec, device):
     from accelerate import Accelerator
 
     from nanogpt_hf import NanoGPTForCausalLM
-    from nanogpt_hf.optimization import make_optimizers
-    from nanogpt_hf.settings import TrainingSettings
-    from nanogpt_hf.stepping import Stepper
-    from nanogpt_hf.token_stream import TokenStream
+    from nanogpt_hf.common.settings import TrainingSettings
+    from nanogpt_hf.data.token_stream import TokenStream
+    from nanogpt_hf.training.optimization import make_optimizers
+    from nanogpt_hf.training.stepping import Stepper
 
     torch.set_float32_matmul_precision("high")
     settings = TrainingSettings(per_device_train_batch_size=spec["batch_size"])  # AdamW, clipping at 1

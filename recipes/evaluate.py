@@ -19,8 +19,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from nanogpt_hf.checkpoints import files_written_whole
-from nanogpt_hf.comparison import (
+from nanogpt_hf.analysis.comparison import (
     choose_passage,
     context_of,
     draw_surprise,
@@ -31,11 +30,13 @@ from nanogpt_hf.comparison import (
     surprise,
     table,
 )
-from nanogpt_hf.corpora import load_corpus
-from nanogpt_hf.hardware import device_type, settle, use_all_cores
-from nanogpt_hf.loading import check_name, load_model_and_tokenizer
-from nanogpt_hf.reporting import library_versions, say
-from nanogpt_hf.settings import parse, run_recipe, setting
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.files import files_written_whole
+from nanogpt_hf.common.settings import setting
+from nanogpt_hf.data.corpora import load_corpus
+from nanogpt_hf.model.loading import check_name, load_model_and_tokenizer
+from nanogpt_hf.training.hardware import device_type, settle, use_all_cores
+from nanogpt_hf.training.reporting import library_versions, say
 
 # A script's folder comes first on the path, so that the library evaluate would be looked for in this very file.
 sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]

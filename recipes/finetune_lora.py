@@ -20,9 +20,10 @@ not measured on GPT-2 itself. Early stopping, and keeping the best model, guard 
 
 from collections.abc import Mapping
 
-from nanogpt_hf.finetuning import finetune
-from nanogpt_hf.named_corpora import DOCUMENT_ENDS
-from nanogpt_hf.settings import FinetuningSettings, parse, run_recipe
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.settings import FinetuningSettings
+from nanogpt_hf.data.named_corpora import DOCUMENT_ENDS
+from nanogpt_hf.runs.finetuning import finetune
 
 
 def defaults(said: Mapping) -> Mapping:

@@ -15,11 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt_hf import preset_config
-from nanogpt_hf.checkpoints import files_written_whole
-from nanogpt_hf.comparison import table
-from nanogpt_hf.model import find_preset
-from nanogpt_hf.planning import (
+from nanogpt_hf.analysis.comparison import table
+from nanogpt_hf.analysis.planning import (
     LAYOUT_SIZES,
     RESERVED,
     check_layout,
@@ -31,7 +28,11 @@ from nanogpt_hf.planning import (
     plan_layout,
     usual_layouts,
 )
-from nanogpt_hf.settings import parse, run_recipe, setting
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.files import files_written_whole
+from nanogpt_hf.common.settings import setting
+from nanogpt_hf.model import find_preset
+from nanogpt_hf.model.loading import make_config
 
 BUDGET_COLUMNS = {
     "tokens_by": ("tokens by", "{}"),
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     fields = {name: value for name in ("vocab_size", "n_positions") if (value := getattr(settings, name))}
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
-    config = preset_config(settings.preset, architecture=settings.architecture, **fields, **dropouts)
+    config = make_config(settings.preset, architecture=settings.architecture, **fields, **dropouts)
     sizes = {name: getattr(settings, name) for name in LAYOUT_SIZES if getattr(settings, name) is not None}
     if sizes or settings.gradient_checkpointing or not settings.reshard_after_forward:
         extra = {

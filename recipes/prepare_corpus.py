@@ -19,8 +19,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_hf.preparation import prepare
-from nanogpt_hf.settings import parse, run_recipe, setting
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.settings import setting
+from nanogpt_hf.data.preparation import prepare
 
 
 @dataclass

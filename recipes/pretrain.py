@@ -15,10 +15,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from nanogpt_hf.hardware import device_type
-from nanogpt_hf.pretraining import pretrain_from_command_line
-from nanogpt_hf.settings import run_recipe
-from nanogpt_hf.shards import is_shards
+from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.data.shards import is_shards
+from nanogpt_hf.runs.pretraining import pretrain_from_command_line
+from nanogpt_hf.training.hardware import device_type
 
 SEQUENCES = (
     512  # a step: 512 x 1,024 tokens are the 0.5M of GPT-3 (Brown et al. 2020, table 2.1) and of nanoGPT

@@ -10,8 +10,8 @@ All but the defaults is as in pretrain_char.py. Losses in nats a token compare o
 recipes/evaluate.py puts all on one scale, bits per byte.
 """
 
-from nanogpt_hf.pretraining import pretrain_from_command_line
-from nanogpt_hf.settings import run_recipe
+from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.runs.pretraining import pretrain_from_command_line
 
 # Tiny Shakespeare's training split is 411,000 tokens of 1,024: 400 steps of 8 x 128 or 25 of 64 x 256.
 DEFAULTS = {

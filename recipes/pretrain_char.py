@@ -8,8 +8,8 @@
 Without a GPU it takes the preset `cpu` (0.9M parameters, 2 to 6 minutes on 2 cores), with one `baby` (10.7M).
 """
 
-from nanogpt_hf.pretraining import pretrain_from_command_line
-from nanogpt_hf.settings import run_recipe
+from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.runs.pretraining import pretrain_from_command_line
 
 DEFAULTS = {
     "cpu": dict(

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from nanogpt_hf.generation import generate_text, stream_text
-from nanogpt_hf.hardware import device_type, has_fast_bf16
-from nanogpt_hf.loading import load_model_and_tokenizer
-from nanogpt_hf.safe_text import printable
-from nanogpt_hf.settings import parse, run_recipe, setting
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.settings import setting
+from nanogpt_hf.common.text import printable
+from nanogpt_hf.generation.text import generate_text, stream_text
+from nanogpt_hf.model.loading import load_model_and_tokenizer
+from nanogpt_hf.training.hardware import device_type, has_fast_bf16
 
 
 @dataclass

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt_hf.hub import check_push, export_run, push
-from nanogpt_hf.settings import parse, run_recipe, setting
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.settings import setting
+from nanogpt_hf.sharing.export import export_run
+from nanogpt_hf.sharing.hub import check_push, push
 
 
 @dataclass

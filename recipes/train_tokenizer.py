@@ -15,10 +15,11 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
-from nanogpt_hf.checkpoints import files_written_whole
-from nanogpt_hf.corpora import Corpus, load_corpus
-from nanogpt_hf.settings import parse, run_recipe, setting
-from nanogpt_hf.tokenization import encode_documents, longest_tokens, make_tokenizer
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.files import files_written_whole
+from nanogpt_hf.common.settings import setting
+from nanogpt_hf.data.corpora import Corpus, load_corpus
+from nanogpt_hf.data.tokenization import encode_documents, longest_tokens, make_tokenizer
 
 HEADER = (
     "| tokenizer | tokens | characters a token, training | validation | longest tokens |\n"

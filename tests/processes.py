@@ -17,11 +17,12 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from nanogpt_hf.corpora import load_corpus
-from nanogpt_hf.hardware import make_accelerator
-from nanogpt_hf.pretraining import make_tokenizer_and_model
-from nanogpt_hf.settings import TrainingSettings, parse, run_recipe
-from nanogpt_hf.training import train
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.data.corpora import load_corpus
+from nanogpt_hf.runs.pretraining import make_tokenizer_and_model
+from nanogpt_hf.training.hardware import make_accelerator
+from nanogpt_hf.training.loop import train
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["processes", "matplotlib.backends.backend_agg", "torch.nn.parallel"]

@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_hf.corpora import load_corpus
-from nanogpt_hf.named_corpora import fetch, tiny_pushkin_text, tiny_shakespeare_text
+from nanogpt_hf.data.corpora import load_corpus
+from nanogpt_hf.data.named_corpora import fetch, tiny_pushkin_text, tiny_shakespeare_text
 
 DATA = Path(os.environ.get("NANOGPT_HF_DATA") or os.devnull)
 needs_data = pytest.mark.skipif(
@@ -412,7 +412,7 @@ def load_elsewhere(names: list[str], home: Path, path: Path, **environment: str)
     """Load corpora in a process of its own, which reads its settings afresh: what came of each; stderr."""
     code = """if True:
         import json, sys, time
-        from nanogpt_hf.corpora import load_corpus
+        from nanogpt_hf.data.corpora import load_corpus
         results = []
         for name in sys.argv[1:]:
             start = time.monotonic()

@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import OffloadPolicy
 from transformers import AutoModelForCausalLM
 
-from nanogpt_hf import NanoGPTForCausalLM, hardware
-from nanogpt_hf.hardware import check_launch, make_accelerator, shard_parameters
-from nanogpt_hf.settings import run_recipe
+from nanogpt_hf import NanoGPTForCausalLM
+from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.training import hardware
+from nanogpt_hf.training.hardware import check_launch, make_accelerator, shard_parameters
 
 CONFIGS = ROOT / "accelerate_configs"
 SAME = "--n_layer 2 --dropout 0 --bf16 false --logging_steps 1 --max_steps 12 --eval_steps 4 --save_steps 4 --save_total_limit 9"

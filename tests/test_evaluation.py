@@ -30,16 +30,23 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, evaluation
-from nanogpt_hf.comparison import choose_passage, draw_surprise, measure_samples, short_names, surprise
-from nanogpt_hf.corpora import load_corpus
-from nanogpt_hf.evaluation import evaluate_split, token_losses
-from nanogpt_hf.generation import generate_ids, generate_text
-from nanogpt_hf.loading import load_model_and_tokenizer
-from nanogpt_hf.pretraining import pretrain
-from nanogpt_hf.settings import TrainingSettings
-from nanogpt_hf.token_stream import TokenStream
-from nanogpt_hf.tokenization import encode, encode_documents, make_tokenizer
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf.analysis.comparison import (
+    choose_passage,
+    draw_surprise,
+    measure_samples,
+    short_names,
+    surprise,
+)
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.data.corpora import load_corpus
+from nanogpt_hf.data.token_stream import TokenStream
+from nanogpt_hf.data.tokenization import encode, encode_documents, make_tokenizer
+from nanogpt_hf.generation.text import generate_ids, generate_text
+from nanogpt_hf.model.loading import load_model_and_tokenizer
+from nanogpt_hf.runs.pretraining import pretrain
+from nanogpt_hf.training import evaluation
+from nanogpt_hf.training.evaluation import evaluate_split, token_losses
 from recipes.evaluate import main as evaluate
 
 ROOT = Path(__file__).parents[1]

@@ -34,7 +34,7 @@ from processes import (
 )
 from safetensors.torch import load_file
 
-from nanogpt_hf.checkpoints import damage, list_checkpoints, newest_good, read_progress, step_of
+from nanogpt_hf.training.checkpoints import damage, list_checkpoints, newest_good, read_progress, step_of
 
 resource = pytest.importorskip("resource", reason="kills and limits are injected the POSIX way")
 pytestmark = pytest.mark.faults

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt_hf import fused_loss
-from nanogpt_hf.fused_loss import linear_cross_entropy, softmax_gradient_
+from nanogpt_hf.training import fused_loss
+from nanogpt_hf.training.fused_loss import linear_cross_entropy, softmax_gradient_
 
 DEVICES = [
     "cpu",

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.decoding import CachedDecoder, Sampler, StaticDecoder, make_decoder
-from nanogpt_hf.generation import generate_ids
+from nanogpt_hf.generation.decoding import CachedDecoder, Sampler, StaticDecoder, make_decoder
+from nanogpt_hf.generation.text import generate_ids
 
 ROOT = Path(__file__).parents[1]
 CONTEXT, V = 32, 97

@@ -27,14 +27,15 @@ from transformers import (
 from transformers.utils import logging
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.hub import choose_format, export, export_run, write_card
-from nanogpt_hf.tokenization import (
+from nanogpt_hf.data.tokenization import (
     END_OF_TEXT,
     encode,
     load_tokenizer,
     train_bpe_tokenizer,
     train_char_tokenizer,
 )
+from nanogpt_hf.sharing.export import choose_format, export, export_run
+from nanogpt_hf.sharing.model_card import write_card
 
 ROOT = Path(__file__).parents[1]
 TEXT = (
@@ -473,9 +474,9 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 from nanogpt_hf import NanoGPTForCausalLM
-from nanogpt_hf.hub import check_push, push
-from nanogpt_hf.pretraining import pretrain
-from nanogpt_hf.settings import TrainingSettings
+from nanogpt_hf.sharing.hub import check_push, push
+from nanogpt_hf.runs.pretraining import pretrain
+from nanogpt_hf.common.settings import TrainingSettings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def recipe(name, *words):

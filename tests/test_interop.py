@@ -16,8 +16,8 @@ from transformers import (
 from transformers.utils import logging
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.hub import export
-from nanogpt_hf.tokenization import train_bpe_tokenizer, train_char_tokenizer
+from nanogpt_hf.data.tokenization import train_bpe_tokenizer, train_char_tokenizer
+from nanogpt_hf.sharing.export import export
 
 # To be learned by heart. The char tokenizer has never seen ё, so the text has bytes in it.
 PASSAGE = (

@@ -19,18 +19,18 @@ from test_recipes import RUSSIAN, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.corpora import load_corpus
-from nanogpt_hf.hub import export
-from nanogpt_hf.loading import load_model_and_tokenizer
-from nanogpt_hf.lora import extend_embedding, load_base, load_merged
-from nanogpt_hf.named_corpora import DOCUMENT_ENDS
-from nanogpt_hf.tokenization import (
+from nanogpt_hf.data.corpora import load_corpus
+from nanogpt_hf.data.named_corpora import DOCUMENT_ENDS
+from nanogpt_hf.data.tokenization import (
     encode,
     extend_tokenizer,
     load_tokenizer,
     train_bpe_tokenizer,
     train_char_tokenizer,
 )
+from nanogpt_hf.model.loading import load_model_and_tokenizer
+from nanogpt_hf.sharing.export import export
+from nanogpt_hf.training.lora import extend_embedding, load_base, load_merged
 
 ROOT = Path(__file__).parents[1]
 ENGLISH = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n" * 40

@@ -12,11 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from nanogpt_hf import NanoGPTForCausalLM, fused_loss, preset_config
-from nanogpt_hf.fused_loss import linear_cross_entropy
-from nanogpt_hf.model import PRESETS, find_preset
-from nanogpt_hf.optimization import make_optimizers
-from nanogpt_hf.planning import (
+from nanogpt_hf import NanoGPTForCausalLM, preset_config
+from nanogpt_hf.analysis.planning import (
     GPUS,
     Layout,
     activation_bytes,
@@ -29,8 +26,12 @@ from nanogpt_hf.planning import (
     training_flops,
     usual_layouts,
 )
-from nanogpt_hf.settings import TrainingSettings
-from nanogpt_hf.stepping import accumulate_gradients
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.model import PRESETS, find_preset
+from nanogpt_hf.training import fused_loss
+from nanogpt_hf.training.fused_loss import linear_cross_entropy
+from nanogpt_hf.training.optimization import make_optimizers
+from nanogpt_hf.training.stepping import accumulate_gradients
 
 ROOT = Path(__file__).parents[1]
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)

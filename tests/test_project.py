@@ -40,7 +40,7 @@ def test_the_tree_in_the_readme_is_the_tree_on_the_disk():
 
 
 def test_every_flag_in_the_readme_exists():
-    from nanogpt_hf import settings
+    from nanogpt_hf.common import settings
 
     text = "\n".join(
         path.read_text(encoding="utf-8") for path in [*ROOT.glob("recipes/*.py"), Path(settings.__file__)]

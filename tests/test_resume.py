@@ -21,10 +21,10 @@ from processes import (
     write_corpus,
 )
 
-from nanogpt_hf.checkpoints import (
+from nanogpt_hf.common.files import folder_written_whole
+from nanogpt_hf.training.checkpoints import (
     Progress,
     damage,
-    folder_written_whole,
     list_checkpoints,
     newest_good,
     prune,

@@ -24,25 +24,25 @@ from hypothesis import strategies as st
 from processes import ROOT, TEXT, Run, digests, finished, train_here, training_words, write_corpus
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.checkpoints import (
-    MANIFEST,
+from nanogpt_hf.common.cli import parse
+from nanogpt_hf.common.files import MANIFEST, folder_written_whole
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.common.text import printable, without_home
+from nanogpt_hf.data.corpora import Corpus, load_corpus
+from nanogpt_hf.data.tokenization import train_char_tokenizer
+from nanogpt_hf.generation.text import generate_text
+from nanogpt_hf.runs.run import default_folder
+from nanogpt_hf.training.checkpoints import (
     Progress,
     damage,
-    folder_written_whole,
     load_checkpoint,
     newest_good,
     prune,
     read_progress,
     save_checkpoint,
 )
-from nanogpt_hf.corpora import Corpus, load_corpus
-from nanogpt_hf.generation import generate_text
-from nanogpt_hf.optimization import make_optimizers
-from nanogpt_hf.pretraining import default_folder
-from nanogpt_hf.reporting import read_metrics
-from nanogpt_hf.safe_text import printable, without_home
-from nanogpt_hf.settings import TrainingSettings, parse
-from nanogpt_hf.tokenization import train_char_tokenizer
+from nanogpt_hf.training.optimization import make_optimizers
+from nanogpt_hf.training.reporting import read_metrics
 
 fuzz = settings(
     max_examples=int(os.environ.get("NANOGPT_HF_FUZZ", 50)),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from nanogpt_hf.settings import TrainingSettings, parse
+from nanogpt_hf.common.cli import parse
+from nanogpt_hf.common.settings import TrainingSettings
 
 
 def read(*words, **options):

@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Run, digests, finished, metrics, train_here, training_words, without_times
 
-from nanogpt_hf import preparation
-from nanogpt_hf.corpora import load_corpus, open_source
-from nanogpt_hf.preparation import prepare, stretches
-from nanogpt_hf.shards import open_shards, width_of
-from nanogpt_hf.token_stream import MappedIds, TokenStream
-from nanogpt_hf.tokenization import encode, encode_documents, load_tokenizer
+from nanogpt_hf.data import preparation
+from nanogpt_hf.data.corpora import load_corpus
+from nanogpt_hf.data.preparation import prepare, stretches
+from nanogpt_hf.data.readers import open_source
+from nanogpt_hf.data.shards import open_shards, width_of
+from nanogpt_hf.data.token_stream import MappedIds, TokenStream
+from nanogpt_hf.data.tokenization import encode, encode_documents, load_tokenizer
 from recipes.pretrain import defaults
 from recipes.pretrain import main as pretrain_main
 

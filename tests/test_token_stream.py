@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_hf.token_stream import TokenStream, permute
+from nanogpt_hf.data.token_stream import TokenStream, permute
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))

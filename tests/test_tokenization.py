@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
-from nanogpt_hf.corpora import load_corpus
-from nanogpt_hf.tokenization import (
+from nanogpt_hf.data.corpora import load_corpus
+from nanogpt_hf.data.tokenization import (
     CHUNK,
     encode,
     encode_documents,

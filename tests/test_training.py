@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.optimization import (
+from nanogpt_hf.common.cli import parse
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.data.token_stream import TokenStream
+from nanogpt_hf.training.optimization import (
     Muon,
     make_capturable,
     make_optimizers,
@@ -15,9 +18,7 @@ from nanogpt_hf.optimization import (
     orthogonalize,
     set_learning_rates,
 )
-from nanogpt_hf.settings import TrainingSettings, parse
-from nanogpt_hf.stepping import Stepper, accumulate_gradients, step_seed
-from nanogpt_hf.token_stream import TokenStream
+from nanogpt_hf.training.stepping import Stepper, accumulate_gradients, step_seed
 
 
 def make():

@@ -1,8 +1,9 @@
 """Named sizes, from a laptop's CPU to GPT-3, with the batches and learning rates that they were published with."""
 
-import difflib
 from typing import NamedTuple
 
+from ..common.errors import UserError
+from ..common.text import nearest
 from .configuration_nanogpt import NanoGPTConfig
 
 
@@ -56,12 +57,12 @@ def find_preset(name: str) -> Preset:
     """A named size.
 
     Raises:
-        ValueError: there is none of that name; the message names the nearest one.
+        UserError: there is none of that name; the message names the nearest one.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(PRESETS)}."
-        raise ValueError(f"there is no preset {name!r}: {hint}")
+        near = nearest(name, PRESETS)
+        hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(PRESETS)}."
+        raise UserError(f"there is no preset {name!r}: {hint}")
     return PRESETS[name]
 
 
@@ -69,7 +70,7 @@ def preset_config(name: str, **overrides) -> NanoGPTConfig:
     """The configuration of a named size; `overrides` are any fields of NanoGPTConfig.
 
     Raises:
-        ValueError: no such preset; the message names the nearest one.
+        UserError: no such preset; the message names the nearest one.
     """
     preset = find_preset(name)
     fields = {field: getattr(preset, field) for field in ("n_layer", "n_head", "n_embd", "n_positions")}

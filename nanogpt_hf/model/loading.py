@@ -1,0 +1,193 @@
+"""Any causal language model with its own tokenizer, from a folder or the Hub.
+
+Ours, plain GPT-2 and Qwen3, whatever else transformers has, and peft adapters. Nothing that is loaded can run
+code: remote code is refused, and so are weights in pickles.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file
+
+from ..common.errors import UserError
+from ..common.text import first_line
+from ..data.tokenization import load_tokenizer
+from .configuration_nanogpt import NanoGPTConfig
+from .modeling_nanogpt import NanoGPTForCausalLM
+from .presets import preset_config
+
+
+def load_model_and_tokenizer(
+    name_or_path: str, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A model ready for evaluation and sampling, and the tokenizer it was trained with.
+
+    A folder of that name comes before the Hub. A peft adapter is put on its base, whose tokenizer serves where
+    the adapter has none. Token ids that the tokenizer does not have are never sampled.
+
+    Args:
+        dtype: of the weights in memory, whatever it is in the file.
+
+    Raises:
+        UserError: there is no such model, it is not a causal language model, it needs code of its own, its
+            files do not belong together, or the tokenizer has ids that the model does not embed.
+    """
+    check_name(name_or_path)
+    name = os.path.expanduser(name_or_path)
+    if find_file(name, "adapter_config.json") is None:
+        model = _load_model(name, dtype)
+        tokenizer = load_tokenizer(name)
+        check_vocabulary(tokenizer, model)
+    else:
+        model, tokenizer = put_on_base(name, lambda base: _load_model(base, dtype))
+    suppress_padding(tokenizer, model)
+    return model.eval(), tokenizer
+
+
+def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple:
+    """The PeftModel of an adapter, on its base by `load_base`, and its tokenizer or else the base's.
+
+    Raises:
+        UserError: the adapter or its base cannot be read, or they do not belong together.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if find_file(name, "adapter_model.safetensors") is None:
+        raise UserError(f"{name} holds no adapter_model.safetensors, and weights in pickles are not read.")
+    try:
+        base = os.path.expanduser(PeftConfig.from_pretrained(name).base_model_name_or_path or "")
+        model = load_base(base)
+        tokenizer = load_tokenizer(name if find_file(name, "tokenizer.json") else base)
+        # An adapter may bring tokens of its own.
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        check_vocabulary(tokenizer, model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers 6 drops
+            adapted = PeftModel.from_pretrained(model, name)
+        if find_file(name, "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(name)
+    except Exception as error:
+        raise UserError(
+            f"the adapter {name} cannot be put on its base model: {first_line(error)}."
+        ) from error
+    return adapted, tokenizer
+
+
+def check_name(name_or_path: str) -> None:
+    """Raises UserError where a name is neither a folder nor what a Hub id looks like."""
+    name = os.path.expanduser(name_or_path)
+    if os.path.isfile(name):
+        raise UserError(f"{name} is a file: give the folder that it lies in.")
+    if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
+        raise UserError(f"there is no folder {name!r}: give one with a saved model, or a Hub id.")
+
+
+def find_file(name: str, file: str) -> str | None:
+    """Path of one file of a folder or Hub repository, None if it is not to be had."""
+    try:
+        return cached_file(name, file)
+    except OSError:
+        return None
+
+
+def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    is_folder = os.path.isdir(name)
+    if is_folder and find_file(name, "config.json") is None:
+        raise UserError(f"{name} holds no config.json: give a folder that a model was saved into.")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            reason = "needs code of its own, which is never run here: give a model that transformers knows"
+        elif is_folder:
+            reason = f"has a config.json that cannot be read ({first_line(error)})"
+        else:
+            reason = f"is no folder here, and the Hub does not give it ({first_line(error)})"
+        raise UserError(f"{name} {reason}.") from error
+    # An encoder's checkpoint would load as a decoder that sees ahead.
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if is_causal and config.architectures:
+        is_causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ in config.architectures
+    if not is_causal:
+        kind = (config.architectures or [config.model_type])[0]
+        raise UserError(f"{name} holds a {kind}, but what is needed is a causal language model.")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:
+        raise UserError(f"the weights of {name} cannot be loaded: {first_line(error)}.") from error
+    for key, saved, wanted in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{name} contradicts itself: its weight {key} has the shape {list(saved)}, its config.json asks for "
+            f"{list(wanted)}."
+        )
+    if info["missing_keys"]:
+        raise UserError(
+            f"{name} lacks {len(info['missing_keys'])} weights that its config.json asks for "
+            f"({min(info['missing_keys'])} among them)."
+        )
+    return model
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
+    """Raises UserError when the tokenizer has ids that the model's embedding does not."""
+    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise UserError(
+            f"tokenizer and model do not belong together: the tokenizer has ids up to {highest}, the model embeds "
+            f"{rows} tokens: use the tokenizer that the model was trained with."
+        )
+
+
+def suppress_padding(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
+    """Keep ids that are no token, the padding of the embedding, out of all that the model generates."""
+    ids = range(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
+    if ids:
+        known = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = sorted({*known, *ids})
+
+
+def load_native(name_or_path: str | os.PathLike, **options: Any) -> NanoGPTForCausalLM:
+    """A checkpoint of ours, or a plain one that our class holds, from a folder or the Hub.
+
+    Args:
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: there is none, or its files do not belong together.
+    """
+    try:
+        return NanoGPTForCausalLM.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{first_line(error)}.") from error
+
+
+def make_config(preset: str | None, **fields: Any) -> NanoGPTConfig:
+    """The configuration of a named size, or of GPT-2's where there is none, with these fields.
+
+    Raises:
+        UserError: fields that do not fit together.
+    """
+    try:
+        return preset_config(preset, **fields) if preset else NanoGPTConfig(**fields)
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,184 @@
+"""A checkpoint in a format that others read: transformers' own gpt2 and qwen3, or ours with its code."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ..common.errors import UserError
+from ..data.tokenization import load_tokenizer
+from ..model import NanoGPTConfig, NanoGPTForCausalLM
+from ..model.configuration_nanogpt import qwen3_fields
+from ..model.loading import load_native
+from ..model.modeling_nanogpt import qwen3_state_dict
+from ..training.lora import load_merged
+from .model_card import write_card
+
+PLAIN_FORMAT = {"gpt2": "gpt2", "modern": "qwen3"}  # architecture -> the format that other tools know it by
+ADAPTER_FILES = (
+    "adapter_config.json adapter_model.safetensors generation_config.json tokenizer.json tokenizer_config.json"
+).split()
+
+
+def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
+    """The format that a model is written in.
+
+    Raises:
+        UserError: there is no such format, or the model cannot be written in it.
+    """
+    plain = PLAIN_FORMAT.get(config.architecture)
+    if plain == "qwen3" and (not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx):
+        plain = None  # Qwen3 always divides its scores by the root of the head size
+    if format == "auto":
+        return plain or "nanogpt"
+    if format not in (*PLAIN_FORMAT.values(), "nanogpt"):
+        raise UserError(f"there is no format {format!r}: use auto, gpt2, qwen3 or nanogpt.")
+    if format not in (plain, "nanogpt"):
+        raise UserError(
+            f"a model of the {config.architecture} architecture cannot be written in the format {format}: use "
+            f"{f'{plain}, ' if plain else ''}nanogpt or auto."
+        )
+    return format
+
+
+def export(
+    model: NanoGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str | os.PathLike,
+    format: str = "auto",
+) -> str:
+    """Write model, tokenizer and generation config into a folder, as one complete checkpoint.
+
+    Args:
+        format: gpt2 (for the gpt2 architecture) and qwen3 (for modern) need no code of ours to be read; nanogpt
+            ships it; auto takes the plain format of the architecture, nanogpt if it has none.
+
+    Returns:
+        The format written.
+
+    Raises:
+        UserError: the model cannot be written in that format, or is not a NanoGPTForCausalLM.
+    """
+    if type(model).__name__ != "NanoGPTForCausalLM":
+        raise UserError(
+            f"export takes a NanoGPTForCausalLM, not a {type(model).__name__}: merge an adapter first, and read other "
+            "checkpoints with NanoGPTForCausalLM.from_pretrained."
+        )
+    format, folder = choose_format(model.config, format), Path(folder)
+    generation = copy.deepcopy(model.generation_config)
+    generation._from_model_config = False
+    generation.max_length = model.config.n_positions  # or a pipeline's default runs past the context
+    plain = model if format == "nanogpt" else _plain_model(model, format)
+    plain.save_pretrained(folder)
+    generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if format != "nanogpt":
+        _make_tokenizer_plain(folder, tokenizer, model.config.vocab_size)
+    if format == "qwen3":
+        # Before transformers 5 the base of the rotary frequencies was a field of its own.
+        _edit_json(
+            folder / "config.json", lambda config: config | {"rope_theta": float(model.config.rope_theta)}
+        )
+    return format
+
+
+def _plain_model(model: NanoGPTForCausalLM, format: str) -> PreTrainedModel:
+    """The same weights, not copied, in transformers' own class."""
+    if format == "gpt2":
+        own = ("model_type", "architectures", "transformers_version")
+        fields = {key: value for key, value in model.config.to_dict().items() if key not in own}
+        config = GPT2Config(**{key: fields[key] for key in GPT2Config().to_dict() if key in fields})
+        plain_class, state = GPT2LMHeadModel, model.state_dict()
+    else:
+        config = Qwen3Config(**qwen3_fields(model.config))
+        plain_class, state = Qwen3ForCausalLM, qwen3_state_dict(model)
+    with torch.device("meta"):
+        plain = plain_class(config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def _make_tokenizer_plain(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
+    """What readers of plain checkpoints expect: a token for every row of the embedding, an unknown token (CTranslate2
+    has no model without), a class that transformers 4 knows. The ids of texts stay the same: a token that no merge
+    makes is never chosen."""
+    known = tokenizer.get_vocab()
+
+    def fill(spec: dict) -> dict:
+        if spec["model"]["type"] == "BPE":
+            unused = {f"<|unused_{i}|>": i for i in range(rows) if i not in known.values()}
+            spec["model"]["vocab"] |= known | unused
+        return spec
+
+    def settle(spec: dict) -> dict:
+        if spec["tokenizer_class"] == "TokenizersBackend":
+            spec["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # transformers 4 would add token_type_ids, and its GPT-2 embed them.
+        inputs = ["input_ids", "attention_mask"]
+        return {"unk_token": tokenizer.eos_token, "model_input_names": inputs} | spec
+
+    _edit_json(folder / "tokenizer.json", fill)
+    _edit_json(folder / "tokenizer_config.json", settle)
+
+
+def _edit_json(path: Path, edit: Callable[[dict], dict]) -> None:
+    content = edit(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def export_run(
+    folder: str | os.PathLike,
+    target: str | os.PathLike,
+    format: str = "auto",
+    name: str | None = None,
+    merge: bool = False,
+) -> None:
+    """`export` of the best model of a run folder, or of any checkpoint of ours, with its card and loss curve.
+
+    Args:
+        name: what the card's lines load, a Hub id; by default the target's name.
+        merge: merge an adapter into its base; without, an adapter is copied as it is.
+
+    Raises:
+        UserError: the folder holds no checkpoint that can be read, or none that can be written in that format.
+    """
+    folder, target = Path(folder), Path(target)
+    is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter and not merge:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
+        if name and os.path.isdir(os.path.expanduser(base)):
+            raise UserError(
+                f"{folder} holds an adapter whose base, {base}, is a folder of this machine: nobody could load it from "
+                "the Hub; merge it (--merge)."
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        for file in ADAPTER_FILES:
+            if (folder / file).exists():
+                shutil.copy(folder / file, target)
+        written = "adapter"
+    else:
+        if is_adapter:
+            model, tokenizer = load_merged(folder)
+        elif (folder / "config.json").is_file():
+            model, tokenizer = load_native(folder), load_tokenizer(str(folder))
+        else:
+            raise UserError(f"{folder} holds no config.json: give a run folder.")
+        written = export(model, tokenizer, target, format)
+    write_card(folder, target, format=written, name=name)
+    if (folder / "loss_curve.png").exists():
+        shutil.copy(folder / "loss_curve.png", target)

@@ -1,0 +1,255 @@
+"""The model card: what was trained on what, how well, and how to load it.
+
+Everything that it quotes, a sample above all, stays a quotation: it can neither end its block nor reach the metadata.
+"""
+
+import json
+import os
+import re
+from math import isfinite, prod
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_token
+from safetensors import safe_open
+
+from ..common.errors import UserError
+from ..common.files import files_written_whole
+from ..common.text import printable
+from ..training.reporting import read_metrics
+
+# Settings that say where a run was and with whom it is shared, not what was trained.
+NOT_IN_A_CARD = (
+    "corpus model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
+    "hub_model_id hub_private_repo hub_format"
+).split()
+LOADING = {
+    "plain": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", {name})\n',
+    "nanogpt": (
+        "from transformers import pipeline\n\n"
+        'generate = pipeline("text-generation", {name}, trust_remote_code=True)\n'
+        "# with nanogpt_hf installed, `import nanogpt_hf` takes the place of trust_remote_code=True\n"
+    ),
+    "adapter": (
+        "from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer, GenerationConfig, pipeline\n\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained({name})\n"
+        "model.generation_config = GenerationConfig.from_pretrained({name})\n"
+        "tokenizer = AutoTokenizer.from_pretrained({name})\n"
+        'generate = pipeline("text-generation", model, tokenizer=tokenizer)\n'
+    ),
+}
+
+
+def write_card(
+    folder: str | os.PathLike,
+    target: str | os.PathLike | None = None,
+    format: str | None = None,
+    name: str | None = None,
+) -> None:
+    """Write README.md, the model card, from what a run has left in its folder; what is not there is left out.
+
+    Args:
+        target: where to write it, by default the run folder.
+        format: of the checkpoint beside the card; by default nanogpt, or adapter where there is one.
+        name: what the card's lines load, a Hub id; by default the target's name.
+
+    Raises:
+        UserError: run.yaml cannot be read.
+    """
+    folder, target = Path(folder), Path(target or folder)
+    name = name or target.resolve().name
+    settings = _read_run(folder / "run.yaml")
+    record = settings.pop("record", {})
+    corpus = record.get("corpus", {})
+    base = settings.get("model_name_or_path")
+    config = (
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (folder / "config.json").exists()
+        else {}
+    )
+    rows = read_metrics(folder / "metrics.jsonl")
+    best = min(
+        (row for row in rows if isfinite(row.get("eval_loss", float("nan")))),
+        key=lambda r: r["eval_loss"],
+        default={},
+    )
+    corpus_name = _last_part(corpus["name"]) if corpus else None
+    format = format or ("adapter" if (folder / "adapter_config.json").exists() else "nanogpt")
+    samples, samples_before = _samples(folder / "samples.txt"), _samples(folder / "samples_before.txt")
+
+    data = ModelCardData(
+        language=corpus.get("language"),
+        library_name="peft" if format == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["nanogpt_hf", *([config["architecture"]] if "architecture" in config else [])],
+        datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source", "")) or None,
+        base_model=base if base and _is_hub_id(base) else None,
+        model_name=printable(name),
+        eval_results=_results(corpus_name, best, rows) if corpus and best else None,
+        **_license(corpus.get("license")),
+    )
+    body = [
+        f"# {_plain_words(name.split('/')[-1])}",
+        _opening_words(format, config, target, corpus_name, base),
+    ]
+    body += ["## Use", _fenced(_loading_lines(name, format, samples), "python")]
+    if corpus:
+        body += ["## Corpus", _corpus_words(corpus)]
+    if best:
+        body += ["## Result", _result_words(best, rows)]
+        if (folder / "loss_curve.png").exists():
+            body += ["![loss over the steps](loss_curve.png)"]
+    if settings:
+        shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [], "")}
+        shown = {"tokenizer": _last_part(settings.get("tokenizer") or base or "")} | shown
+        body += [
+            "## Settings",
+            _fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), "yaml"),
+        ]
+    if record.get("command"):
+        body += ["The command that made it:", _fenced(record["command"], "bash")]
+    if record.get("versions"):
+        body += ["With " + ", ".join(_code(f"{k} {v}") for k, v in record["versions"].items()) + "."]
+    if samples_before:
+        body += ["## Samples", _side_by_side("before, the base", samples_before, "after", samples)]
+    elif samples:
+        body += ["## Samples", _fenced(samples, "text")]
+    card = ModelCard(without_token(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
+    with files_written_whole(target) as staging:
+        card.save(staging / "README.md")
+
+
+def _samples(path: Path) -> str:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return printable(text)[:4000].strip("\n")
+
+
+def _read_run(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values or {}, dict):
+        raise UserError(f"{path} must hold `setting: value` lines.")
+    return values or {}
+
+
+def _license(corpus_license: str | None) -> dict:
+    """The card's fields; the Hub knows "other" and "unknown", but not the public domain."""
+    if corpus_license == "public domain":
+        link = "https://creativecommons.org/publicdomain/mark/1.0/"
+        return {"license": "other", "license_name": "public-domain", "license_link": link}
+    return {"license": corpus_license or "unknown"}
+
+
+def _results(corpus_name: str, best: dict, rows: list[dict]) -> list[EvalResult]:
+    measured = {
+        ("validation", "loss", "loss, nats a token"): best.get("eval_loss"),
+        ("validation", "bits_per_character", "bits per character"): best.get("eval_bits_per_char"),
+        ("train", "loss", "loss of one batch, nats a token"): _last(rows, "train_loss"),
+    }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=re.sub(r"[^\w.-]+", "-", corpus_name).strip("-") or "corpus",
+            dataset_name=printable(corpus_name),
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=label,
+            metric_value=round(value, 4),
+        )
+        for (split, metric, label), value in measured.items()
+        if value is not None
+    ]
+
+
+def _last(rows: list[dict], key: str) -> float | None:
+    return next((row[key] for row in reversed(rows) if isfinite(row.get(key, float("nan")))), None)
+
+
+def _opening_words(format: str, config: dict, folder: Path, corpus_name: str | None, base: str | None) -> str:
+    sizes = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            sizes += [prod(file.get_slice(key).get_shape()) for key in file.keys()]
+    words = f"{'An adapter (LoRA)' if format == 'adapter' else 'A GPT'} of {sum(sizes) / 1e6:.2f}M parameters"
+    if "architecture" in config:
+        words += (
+            f", architecture {_code(config['architecture'])}: {config['n_layer']} layers, {config['n_head']} heads, "
+            f"width {config['n_embd']}, context {config['n_positions']} tokens"
+        )
+    if corpus_name:
+        words += f"; {f'fine-tuned from {_code(_last_part(base))}' if base else 'trained from scratch'} on {_code(corpus_name)}"
+    return words + "."
+
+
+def _loading_lines(name: str, format: str, samples: str) -> str:
+    prompt = next((line for line in samples.split("\n") if line.strip()), "\n")[:20]
+    lines = LOADING[format if format in LOADING else "plain"].format(
+        name=json.dumps(name, ensure_ascii=False)
+    )
+    return lines + f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
+
+
+def _corpus_words(corpus: dict) -> str:
+    lines = [f"- source: {_code(corpus['source'])}", f"- SHA-256 of the text: {_code(corpus['sha256'])}"]
+    if "characters" in corpus:
+        lines.append(f"- {corpus['characters']:,} characters")
+    if corpus.get("license"):
+        lines.append(f"- licence: {_code(corpus['license'])}")
+    if corpus.get("notice"):
+        lines.append(f"- note: {_plain_words(corpus['notice'])}")
+    return "\n".join(lines)
+
+
+def _result_words(best: dict, rows: list[dict]) -> str:
+    words = f"Validation loss {best['eval_loss']:.4f} nats a token"
+    if "eval_bits_per_char" in best:
+        words += f" ({best['eval_bits_per_char']:.4f} bits per character)"
+    words += f" at step {best['step']:,} of {rows[-1]['step']:,}, over the whole validation split"
+    first = rows[0]
+    if first["step"] == 0 and best["step"] > 0 and "eval_bits_per_char" in first:
+        words += f"; before the first step {first['eval_loss']:.4f} ({first['eval_bits_per_char']:.4f})"
+    train_loss = _last(rows, "train_loss")
+    return words + (f"; training loss of the last batch {train_loss:.4f}." if train_loss is not None else ".")
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)) and not os.path.exists(name)
+
+
+def _last_part(name: str) -> str:
+    """A Hub id as it is; of a path only its last part, which tells nothing about the machine it was on."""
+    return name if _is_hub_id(name) else Path(name).name
+
+
+def _code(text: str) -> str:
+    """A code span that its content cannot end."""
+    text = " ".join(printable(text).split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block that its content cannot end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{printable(text)}\n{fence}"
+
+
+def _side_by_side(left: str, before: str, right: str, after: str) -> str:
+    """A table of two texts whose content cannot leave its cell."""
+    cells = ("<br>".join(map(_plain_words, text.split("\n"))) for text in (before, after))
+    return f"| {left} | {right} |\n| --- | --- |\n| {' | '.join(cells)} |"
+
+
+def _plain_words(text: str) -> str:
+    """One line in which nothing is mark-up."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", " ".join(printable(text).split()))
+
+
+def without_token(text: str) -> str:
+    """The text without the token of the Hub that is in use here, or any that a request would carry."""
+    token = get_token()
+    text = text.replace(token, "…") if token else text
+    return re.sub(r"(?i)\b(bearer) +\S+", r"\1 …", text)

@@ -1,0 +1,135 @@
+"""The loss over a whole split, and of every token by itself."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ..common.errors import UserError
+from ..data.corpora import Corpus
+from ..data.token_stream import TokenStream
+
+LOGITS_AT_ONCE = 2**28  # 1 GiB in float32: GPT-2's 50,257 tokens leave room for 5 windows of 1,024
+
+
+@dataclass(frozen=True)
+class SplitLoss:
+    """What a model loses on a split: nats over all its tokens, and the characters that they spell."""
+
+    nats: float
+    tokens: int
+    characters: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_char(self) -> float:
+        return self.nats / math.log(2) / self.characters
+
+
+def validation_stream(
+    tokenizer: PreTrainedTokenizerFast, corpus: Corpus, block_size: int, device: torch.device
+) -> TokenStream:
+    """The validation split as a stream.
+
+    Raises:
+        UserError: there is nothing in it to predict.
+    """
+    ids = corpus.ids("validation", tokenizer)
+    if len(ids) < 2:
+        raise UserError(
+            f"the validation split of {corpus.name} has {len(ids)} tokens, it needs at least 2: give a longer text or "
+            "a larger --validation_split_percentage."
+        )
+    return TokenStream(ids, min(block_size, len(ids) - 1), device)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off, nothing compiled, and float32 as in the saved checkpoint.
+
+    accelerate's autocast, a wrapped forward, is set aside. A model sharded by FSDP2 keeps the precision that it
+    gathers its weights in.
+    """
+    was_training, autocast = model.training, model.__dict__.pop("forward", None)
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(was_training)
+        if autocast is not None:
+            model.forward = autocast
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # without a backward pass the last weights stay gathered
+                module.reshard()
+
+
+@torch.no_grad()
+def _losses(
+    model: torch.nn.Module, stream: TokenStream, numbers: np.ndarray, batch_size: int, stride: int | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of some windows of the stream, batch by batch: nats (B T), and whether they count (B T)."""
+    vocabulary = getattr(model, "module", model).get_input_embeddings().weight.shape[0]  # inside of DDP
+    batch_size = min(batch_size, max(1, LOGITS_AT_ONCE // (stream.block_size * vocabulary)))
+    for start in range(0, len(numbers), batch_size):
+        x, y = stream.window_batch(numbers[start : start + batch_size], stride)
+        logits = model(input_ids=x, use_cache=False).logits
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100, reduction="none"
+        )
+        yield losses.view(y.shape), y != -100
+
+
+def evaluate_split(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    characters: int,
+    batch_size: int,
+    accelerator: Accelerator,
+    stride: int | None = None,
+) -> SplitLoss:
+    """Loss over every token of the stream but its first, each counted once, in windows of T tokens.
+
+    Every process takes its share of the windows. The result depends neither on batch_size nor on the number
+    of processes: losses are summed in float64, token by token.
+
+    Args:
+        characters: of the text that the stream encodes. The first token's are among them, though it is given
+            and not predicted.
+        batch_size: windows a process computes at once; fewer where their logits would take more than 1 GiB.
+        stride: tokens from one window to the next. Less than T makes windows overlap, so that every token is
+            predicted from at least T - stride before it, where there are so many; the default is T.
+    """
+    nats = torch.zeros((), dtype=torch.float64 if stream.device.type != "mps" else torch.float32)
+    # As many for each, since FSDP2 computes in step; a window past the end counts nothing.
+    everybody = -(-stream.windows(stride) // accelerator.num_processes) * accelerator.num_processes
+    numbers = np.arange(accelerator.process_index, everybody, accelerator.num_processes)
+    with evaluating(accelerator.unwrap_model(model)):
+        for losses, _ in _losses(model, stream, numbers, batch_size, stride):
+            nats = nats.to(losses.device) + losses.sum(dtype=nats.dtype)
+    nats = accelerator.reduce(nats.to(stream.device), reduction="sum").item()
+    return SplitLoss(
+        nats=nats,
+        tokens=len(stream) - 1,
+        characters=characters,
+    )
+
+
+def token_losses(
+    model: PreTrainedModel, stream: TokenStream, batch_size: int, stride: int | None
+) -> np.ndarray:
+    """Nats of every token of the stream but its first, in order; the arguments are those of `evaluate_split`."""
+    with evaluating(model):
+        batches = _losses(model, stream, np.arange(stream.windows(stride)), batch_size, stride)
+        return np.concatenate([losses[counts].double().cpu().numpy() for losses, counts in batches])

@@ -1,0 +1,250 @@
+"""What a run says: the progress bar, metrics.jsonl, trackers, the loss curve and run.yaml."""
+
+import json
+import math
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from ..common.errors import UserError
+from ..common.files import files_written_whole, sync
+from ..common.settings import TrainingSettings, public_values
+from ..common.text import printable
+from .checkpoints import Progress
+
+LIBRARIES = "torch transformers tokenizers datasets accelerate peft safetensors huggingface_hub".split()
+
+
+def say(accelerator: Accelerator, *lines: str) -> None:
+    """Print from the first process, above the progress bar if there is one."""
+    if accelerator.is_main_process:
+        for line in lines:
+            tqdm.write(printable(line), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def library_versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("nanogpt_hf", *LIBRARIES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises UserError for a tracker that accelerate does not know or that is not installed."""
+    known = [str(name.value) for name in LoggerType if name.value != "all"]
+    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--report_to {name} is not a tracker: use one of {', '.join(known)}.")
+        if name not in installed:
+            raise UserError(f"--report_to {name} is not installed: pip install {name}.")
+
+
+def write_yaml(folder: Path, settings: dict, record: dict) -> None:
+    """run.yaml: every setting, so that `--config run.yaml` repeats the run, and under `record` what it met."""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    text += yaml.safe_dump({"record": record}, sort_keys=False, allow_unicode=True)
+    with files_written_whole(folder) as staging:
+        (staging / "run.yaml").write_text(text, encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a line cut short by a crash is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
+    return rows
+
+
+def not_finite(what: str, step: int) -> str:
+    return (
+        f"the {what} was not finite at step {step}: try half the learning rate, more --warmup_steps, or without "
+        "--fp16; the checkpoints before it are good."
+    )
+
+
+def same_run(settings: TrainingSettings, progress: Progress) -> dict[str, dict]:
+    """What makes each tracker go on with the run that it knows, where it can, instead of beginning another."""
+    name = f"{Path(settings.output_dir).name}-{progress.run_id}"
+    return {
+        "trackio": {"name": name, "resume": "allow"},
+        "wandb": {"name": name, "id": progress.run_id, "resume": "allow", "dir": settings.output_dir},
+        "tensorboard": {"purge_step": progress.step + 1} if progress.step else {},
+    }
+
+
+class RunLog:
+    """Losses on their way to the progress bar, metrics.jsonl and the trackers; only the first process writes.
+
+    Args:
+        progress: where the run goes on; later lines of metrics.jsonl are dropped, to be written again.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, settings: TrainingSettings, tokens_per_step: int, progress: Progress
+    ):
+        self.accelerator, self.settings, self.tokens_per_step = accelerator, settings, tokens_per_step
+        self.path = Path(settings.output_dir) / "metrics.jsonl"
+        self.losses: list[torch.Tensor] = []
+        self.shown = {}
+        self.started = time.perf_counter() - progress.elapsed_s
+        self.interval_start, self.interval_steps = time.perf_counter(), 0
+        if accelerator.is_main_process:
+            kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= progress.step]
+            with files_written_whole(self.path.parent) as staging:
+                (staging / self.path.name).write_text("".join(kept), encoding="utf-8")
+        self.bar = tqdm(
+            total=settings.max_steps,
+            initial=progress.step,
+            disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+            unit="step",
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]",
+        )
+        self.trackers = bool(settings.report_to)
+        if self.trackers:
+            config = {k: v for k, v in public_values(settings).items() if isinstance(v, (int, float, str))}
+            self._tracked(
+                lambda: accelerator.init_trackers(
+                    "nanogpt_hf", None if progress.step else config, same_run(settings, progress)
+                )
+            )
+
+    def _tracked(self, action) -> None:
+        """A tracker that fails is given up with a sentence; the run goes on."""
+        try:
+            action()
+        except Exception as error:
+            self.trackers = False
+            self.accelerator.trackers = []
+            say(
+                self.accelerator,
+                f"warning: a tracker failed and is given up ({type(error).__name__}: {error}).",
+            )
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.started
+
+    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Note a step's loss and gradient norm, still on their device."""
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        self.losses.append(torch.stack((loss.detach().float(), grad_norm.detach().float())))
+        self.interval_steps += 1
+        self.bar.update()
+
+    def check(self, step: int) -> dict[str, float]:
+        """train_loss (over all processes) and grad_norm of the newest step, and tokens_per_s since the last line.
+
+        Raises:
+            UserError: a loss or gradient since the last check was not finite. In float16 a gradient may be so:
+                the step was left out, and the loss is scaled less from then on.
+        """
+        values = self.accelerator.reduce(torch.stack(self.losses), reduction="sum").tolist()
+        first = step - len(values) + 1
+        self.losses.clear()
+        for number, (loss, grad_norm) in enumerate(values):
+            if not math.isfinite(loss) or not math.isfinite(grad_norm) and self.accelerator.scaler is None:
+                what = "loss" if not math.isfinite(loss) else "gradient"
+                raise UserError(not_finite(what, first + number))
+        loss, grad_norm = values[-1]
+        return {
+            "train_loss": loss,
+            **({"grad_norm": grad_norm / self.accelerator.num_processes} if math.isfinite(grad_norm) else {}),
+            "tokens_per_s": self.interval_steps
+            * self.tokens_per_step
+            / (time.perf_counter() - self.interval_start),
+        }
+
+    def write(self, step: int, **values: float) -> None:
+        """One line of metrics.jsonl, and the same for the bar and the trackers."""
+        row = {
+            "step": step,
+            "tokens_seen": step * self.tokens_per_step,
+            "elapsed_s": round(self.elapsed_s, 3),
+        } | values
+        self.restart_clock()
+        if not self.accelerator.is_main_process:
+            return
+        # Closed each time: a full disk is met here and not at exit.
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.shown |= values
+        labels = {"train_loss": "loss {:.3f}", "eval_loss": "val {:.3f}", "tokens_per_s": "{:,.0f} tok/s"}
+        shown = ", ".join(
+            text.format(self.shown[name]) for name, text in labels.items() if name in self.shown
+        )
+        self.bar.set_postfix_str(shown, refresh=False)
+        if self.bar.disable and "eval_loss" in values:
+            say(self.accelerator, f"step {step}/{self.settings.max_steps}: {shown}")
+        if self.trackers:
+            self._tracked(lambda: self.accelerator.log(values, step=step))
+
+    def sync(self) -> None:
+        """Put the lines on the disk, so that a checkpoint written after them never survives without them."""
+        if self.accelerator.is_main_process:
+            sync(self.path)
+
+    def restart_clock(self) -> None:
+        """Leave what has happened since the last line out of tokens_per_s."""
+        self.interval_start, self.interval_steps = time.perf_counter(), 0
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.trackers:
+            self._tracked(self.accelerator.end_training)
+
+
+def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
+    """A picture of training and validation loss over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key, label, style in (
+        ("train_loss", "training, one batch", "-"),
+        ("eval_loss", "validation, whole split", "o-"),
+    ):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            faint = key == "train_loss"
+            axes.plot(*zip(*points, strict=True), style, label=label, alpha=0.45 if faint else 1, lw=1, ms=3)
+    best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"], default=None)
+    if best:
+        axes.axhline(best["eval_loss"], ls=":", lw=1, color="gray")
+        axes.annotate(
+            f"best {best['eval_loss']:.4f} at step {best['step']}",
+            (best["step"], best["eval_loss"]),
+            xytext=(0, 12),
+            textcoords="offset points",
+            ha="right",
+        )
+    axes.set(title=title, xlabel="step", ylabel="loss, nats a token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with files_written_whole(path.parent) as staging:
+        figure.savefig(staging / path.name, dpi=120)

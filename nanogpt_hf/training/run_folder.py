@@ -1,0 +1,272 @@
+"""The folder of a run: what may be written there, where to go on, and what lies in it at the end."""
+
+import hashlib
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ..common.errors import UserError
+from ..common.files import delete, delete_left_overs
+from ..common.settings import FinetuningSettings, TrainingSettings, public_values
+from ..common.text import without_home
+from ..data.corpora import Corpus
+from .checkpoints import Progress, damage, newest_good, read_progress
+from .reporting import library_versions, say, write_yaml
+
+# What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
+MADE_BY_A_RUN = (
+    "checkpoints trackers wandb README.md metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
+    "model.safetensors adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json "
+    "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py samples_before.txt merged"
+).split()
+
+
+SHAPE = (
+    "architecture norm positions qk_norm mlp bias n_layer n_head n_embd n_inner n_positions vocab_size rope_theta "
+    "layer_norm_epsilon activation_function"
+).split()
+ADAPTATION = (  # settings of a fine-tuning that decide what trains
+    "n_positions full lora_r lora_alpha lora_dropout target_modules use_dora use_rslora "
+    "extend_vocabulary load_in_4bit load_in_8bit"
+).split()
+
+
+def identity_of(
+    settings: TrainingSettings,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    model: PreTrainedModel,
+    tokens_per_step: int,
+) -> dict:
+    """What must be the same for a run to go on as the same run."""
+    adaptation = {}
+    if isinstance(settings, FinetuningSettings):
+        adaptation = {name: getattr(settings, name) for name in ADAPTATION}
+        adaptation |= {} if settings.full else {"base": base_sha256(model)}
+    return {
+        "corpus": corpus.sha256,
+        "validation_split_percentage": settings.validation_split_percentage,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        **{field: getattr(model.config, field) for field in SHAPE if hasattr(model.config, field)},
+        "optim": settings.optim,
+        "seed": settings.seed,
+        "tokens_per_step": tokens_per_step,
+        "document_end": settings.document_end,
+        **adaptation,
+    }
+
+
+def base_sha256(model: PreTrainedModel) -> str:
+    """SHA-256 of a base's weights, the same with an adapter on it and without.
+
+    The embeddings are left out: --extend_vocabulary changes their size.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in ("lora_", "wte", "lm_head")):
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def find_start(
+    accelerator: Accelerator, settings: TrainingSettings, identity: dict
+) -> tuple[Progress, Path | None]:
+    """Where the run begins: at step 0, or at a checkpoint to load. Nothing is written.
+
+    Raises:
+        UserError: the folder cannot be used, holds something else, or holds another run than the one asked for.
+    """
+    check_agreement(accelerator, identity)
+    folder = Path(settings.output_dir)
+    try:
+        used = check_folder(folder, settings.overwrite_output_dir)
+        if settings.overwrite_output_dir and settings.model_name_or_path:
+            check_base_stays(Path(settings.model_name_or_path), folder)
+        if settings.resume_from_checkpoint is None:
+            if used and not settings.overwrite_output_dir:
+                raise UserError(
+                    f"--output_dir {folder} is not empty: go on with --resume_from_checkpoint last, replace it with "
+                    "--overwrite_output_dir, or choose another folder."
+                )
+            return Progress(identity=identity), None
+        checkpoint = find_checkpoint(accelerator, settings.resume_from_checkpoint, folder, used)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder} cannot be read ({error.strerror}): give another folder."
+        ) from error
+    progress = read_progress(checkpoint)
+    changed = [
+        f"{key} was {_short(progress.identity.get(key))} and is now {_short(value)}"
+        for key, value in identity.items()
+        if progress.identity.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint} belongs to another run: {', '.join(changed)}"
+            f"{batch_advice(accelerator, progress.identity, identity)}."
+        )
+    if progress.step > settings.max_steps:
+        raise UserError(
+            f"{checkpoint} is at step {progress.step}, past --max_steps {settings.max_steps}: give more --max_steps."
+        )
+    if not any((folder / name).exists() for name in ("model.safetensors", "adapter_model.safetensors")):
+        progress.best_loss = progress.best_step = (
+            None  # the next evaluation's model is the best that there is
+        )
+    return progress, checkpoint
+
+
+def batch_advice(accelerator: Accelerator, before: dict, now: dict) -> str:
+    """How this many processes make the batch that the run had, or why they cannot; nothing when they do."""
+    context, tokens = now.get("n_positions"), before.get("tokens_per_step")
+    if tokens in (None, now["tokens_per_step"]) or not context or tokens % context:
+        return ""
+    sequences, processes = tokens // context, accelerator.num_processes
+    if sequences % processes:
+        return f"; {processes} processes do not divide its batch of {sequences} sequences: use a number that does"
+    return (
+        "; --per_device_train_batch_size times --gradient_accumulation_steps must be "
+        f"{sequences // processes} on {processes} process{'es' * (processes > 1)}"
+    )
+
+
+def check_agreement(accelerator: Accelerator, identity: dict) -> None:
+    """Raises UserError when the processes are not about to make the same run."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
+    own = torch.tensor([int.from_bytes(digest[:7])], device=accelerator.device)
+    if accelerator.num_processes > 1 and (accelerator.gather(own) != own).any():
+        raise UserError(
+            "the processes have read different texts, or were given different settings: start them again."
+        )
+
+
+def check_folder(folder: Path, overwrite: bool) -> bool:
+    """Whether there is something in the folder.
+
+    Raises:
+        UserError: it is no folder, leads elsewhere, or overwriting it would delete what no run has made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file: give a folder.")
+    if (folder / "checkpoints").is_symlink() and not overwrite:
+        raise UserError(
+            f"{folder / 'checkpoints'} is a symbolic link: put the folder itself there, or let --output_dir be on "
+            "the other disk."
+        )
+    made = [name for name in MADE_BY_A_RUN if (folder / name).exists()]
+    if overwrite and made and not (folder / "run.yaml").exists():
+        raise UserError(
+            f"--output_dir {folder} holds {made[0]} but no run.yaml, so no run has made it: it is not overwritten, "
+            "choose another folder."
+        )
+    return folder.exists() and any(folder.iterdir())
+
+
+def check_base_stays(base: Path, folder: Path) -> None:
+    """Raises UserError when to overwrite the folder would delete the base that the run starts from."""
+    base, folder = base.resolve(), folder.resolve()
+    deleted = {folder / name for name in MADE_BY_A_RUN}
+    if base == folder or deleted & {base, *base.parents}:
+        raise UserError(
+            f"--overwrite_output_dir would delete the base {base.name}: give another --output_dir."
+        )
+
+
+def find_checkpoint(accelerator: Accelerator, asked: str, folder: Path, used: bool) -> Path:
+    """The checkpoint that --resume_from_checkpoint asks for. Raises UserError when there is no good one."""
+    if asked == "last":
+        checkpoint, complaints = newest_good(folder / "checkpoints")
+        say(accelerator, *(f"warning: {complaint}" for complaint in complaints))
+        if checkpoint is None:
+            again = (
+                "start again with --overwrite_output_dir"
+                if used
+                else "start without --resume_from_checkpoint"
+            )
+            raise UserError(f"{folder / 'checkpoints'} holds no good checkpoint: {again}.")
+        return checkpoint
+    checkpoint = Path(asked)
+    if not checkpoint.is_dir():
+        raise UserError(f"there is no checkpoint {checkpoint}: give last, or the folder of one.")
+    if used and checkpoint.resolve().parent != (folder / "checkpoints").resolve():
+        raise UserError(
+            f"{checkpoint} is not one of the checkpoints in --output_dir {folder}: give a new --output_dir to go on "
+            "from it there."
+        )
+    reason = damage(checkpoint)
+    if reason is not None:
+        raise UserError(
+            f"the checkpoint {checkpoint} is damaged ({reason}): use --resume_from_checkpoint last."
+        )
+    return checkpoint
+
+
+def _short(value) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 24 else str(value)
+
+
+def open_run_folder(
+    settings: TrainingSettings,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    identity: dict,
+    fresh: bool,
+) -> None:
+    """Make the folder, emptied of an earlier run if that was asked for, and write run.yaml into it.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    folder = Path(settings.output_dir)
+    try:
+        if fresh and settings.overwrite_output_dir:
+            for name in MADE_BY_A_RUN:
+                delete(folder / name)
+        delete_left_overs(folder / "checkpoints")  # a run that has nothing more to write would leave them
+        values = public_values(settings) | {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+        record = {
+            "corpus": {
+                "name": without_home(corpus.name),
+                "source": corpus.source,
+                "sha256": corpus.sha256,
+                "language": corpus.language,
+                "license": corpus.license,
+                "notice": corpus.notice,
+                "characters": corpus.characters("train") + corpus.characters("validation"),
+            },
+            "command": command_line(),
+            "identity": identity,
+            "tokenizer_tokens": len(tokenizer),
+            "versions": library_versions(),
+        }
+        write_yaml(folder, values, record)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder} cannot be written ({error.strerror}): give another folder."
+        ) from error
+
+
+def command_line() -> str | None:
+    """The command of this process as it may be shown, if it is one of the recipes: no path of the user's home."""
+    script, *words = sys.argv
+    if Path(script).resolve().parent.name != "recipes":
+        return None
+    parts = [word.partition("=") for word in words]
+    words = [without_home(name) + equals + without_home(value) for name, equals, value in parts]
+    return shlex.join(["accelerate", "launch", f"recipes/{Path(script).name}", *words])
+
+
+def note_evaluation(progress: Progress, loss: float) -> bool:
+    """Count an evaluation; True when it is the best so far."""
+    better = progress.best_loss is None or loss < progress.best_loss
+    if better and math.isfinite(loss):
+        progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
+        return True
+    progress.evaluations_since_best += 1
+    return False

@@ -1,0 +1,252 @@
+"""One optimiser step: gradients of the mean loss over all tokens, clipping, update; compiled and captured where it pays.
+
+On one CUDA device the blocks are compiled and, after a few ordinary steps, a whole step is recorded as a CUDA graph:
+a small model's step is a thousand launches, and the device waits for the host between them.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils.memory import should_reduce_batch_size
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..common.errors import UserError
+from ..common.settings import TrainingSettings
+from ..common.text import first_line
+from ..data.token_stream import TokenStream, mix
+from .fused_loss import linear_cross_entropy
+from .optimization import make_capturable, set_learning_rates
+from .reporting import say
+
+STEPS_BEFORE_CAPTURE = 3  # ordinary steps in which kernels are compiled and optimiser states made
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and next tokens, each B T; -100 is no token
+
+
+class Stepper:
+    """Takes the optimiser steps of a run. All that a step depends on is its number and the weights.
+
+    Args:
+        model, optimizers: as prepared by the accelerator.
+        stream: the training tokens.
+        rate_factor: step -> factor of the learning rates.
+
+    Attributes:
+        batch_size: sequences of the global batch.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        settings: TrainingSettings,
+        model: torch.nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        stream: TokenStream,
+        rate_factor: Callable[[int], float],
+    ):
+        self.accelerator, self.settings = accelerator, settings
+        self.model, self.optimizers = model, optimizers
+        self.stream, self.rate_factor = stream, rate_factor
+        self.micro_batch = settings.per_device_train_batch_size
+        self.batch_size = global_batch_size(settings, accelerator)
+        self.rows = np.arange(accelerator.process_index, self.batch_size, accelerator.num_processes)
+        self.graph: CapturedStep | None = None
+        self.compiled: list[torch.nn.Module] = []
+        self.steps_before_capture = STEPS_BEFORE_CAPTURE if self._may_capture() else -1
+        with fastest_attention(accelerator.device):
+            self._compile()
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's part of the loss in nats a token, and the norm of the gradient; both on the device.
+
+        Raises:
+            UserError: out of memory, and --auto_find_batch_size may not or cannot help.
+        """
+        set_learning_rates(self.optimizers, self.rate_factor(step))
+        with fastest_attention(self.accelerator.device):
+            while (taken := self._try(step)) is None:  # outside of `except`, which keeps what was allocated
+                self.micro_batch = smaller_batch(self.accelerator, self.settings, self.micro_batch)
+                self.model.zero_grad()
+        return taken
+
+    def _try(self, step: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Loss and norm, or None where memory ran out before the weights changed."""
+        torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))
+        try:
+            micro_batches = [
+                self.stream.batch(
+                    self.settings.seed, step, self.batch_size, self.rows[i : i + self.micro_batch]
+                )
+                for i in range(0, len(self.rows), self.micro_batch)
+            ]
+            if self.steps_before_capture == 0 and len(micro_batches) == 1:
+                self._capture(micro_batches[0])
+            self.steps_before_capture -= 1
+            if self.graph is not None:
+                return self.graph.replay(micro_batches[0])
+            loss = accumulate_gradients(self.accelerator, self.model, micro_batches)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            return None
+        return loss, self._update()
+
+    def _update(self) -> torch.Tensor:
+        limit = self.settings.max_grad_norm or float("inf")
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad()
+        return grad_norm
+
+    def _compile(self) -> None:
+        """Compile the blocks in place; where compiling fails, say so once and stay eager.
+
+        All blocks share what is compiled for the first one, so that it takes a fraction of the whole model's time.
+        """
+        wanted = self.settings.torch_compile
+        if not (self.accelerator.device.type == "cuda" if wanted is None else wanted):
+            return
+        lm = causal_lm(self.accelerator.unwrap_model(self.model))
+        self.compiled = [
+            module
+            for module in lm.modules()
+            if type(module).__name__.removeprefix("FSDP") in lm._no_split_modules
+        ]
+        batch = self.stream.batch(self.settings.seed, 0, self.batch_size, self.rows[: self.micro_batch])
+        try:
+            for block in self.compiled:
+                block.compile(backend=self.settings.torch_compile_backend)
+            accumulate_gradients(self.accelerator, self.model, [batch])
+        except Exception as error:
+            if not should_reduce_batch_size(error):  # the first step will meet that again, and answers it
+                self.release()
+                say(
+                    self.accelerator,
+                    f"torch.compile failed ({first_line(error)}): training goes on without it",
+                )
+        self.model.zero_grad()
+
+    def release(self) -> None:
+        """Give the graph's memory back, and let the model be called eagerly again."""
+        self.graph = None
+        for block in self.compiled:
+            block._compiled_call_impl = None
+
+    def _may_capture(self) -> bool:
+        """One CUDA device, one micro-batch a step, and no scaling that the host decides on."""
+        accelerator = self.accelerator
+        alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
+        return alone and accelerator.scaler is None and self.micro_batch >= self.batch_size
+
+    def _capture(self, batch: Batch) -> None:
+        def step(x, y):
+            return accumulate_gradients(self.accelerator, self.model, [(x, y)]), self._update()
+
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        try:
+            make_capturable(self.optimizers)
+            self.graph = CapturedStep(step, batch)
+        except Exception as error:
+            generator.graphsafe_set_state(before)  # the one in use still waits for the end of the recording
+            say(self.accelerator, f"no CUDA graph ({first_line(error)}): training goes on without it")
+            self.model.zero_grad()
+
+
+class CapturedStep:
+    """A step recorded as one CUDA graph: recording runs nothing, every replay is one step.
+
+    The random numbers of a replay are those that the device's seed at that time gives, as without a graph.
+    """
+
+    def __init__(self, step, batch: Batch):
+        self.batch = tuple(part.clone() for part in batch)
+        torch.cuda.empty_cache()  # the graph takes memory of its own
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = step(*self.batch)
+
+    def replay(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        for mine, given in zip(self.batch, batch, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return tuple(result.clone() for result in self.results)
+
+
+def fastest_attention(device: torch.device) -> AbstractContextManager:
+    """A context in which torch takes cuDNN's attention on Hopper, where it is the fastest (4% of a step of GPT-2)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return nullcontext()
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
+
+
+def accumulate_gradients(
+    accelerator: Accelerator, model: torch.nn.Module, micro_batches: Sequence[Batch]
+) -> torch.Tensor:
+    """Add up the gradients of the mean loss over all tokens of all micro-batches of all processes.
+
+    Dividing by the global token count once is what makes the sum right for micro-batches of unequal length:
+    a mean of means is not the mean.
+
+    Returns:
+        This process's part of the loss in nats a token, on the device; the parts of all processes sum to it.
+    """
+    tokens = accelerator.reduce(sum((y != -100).sum() for _, y in micro_batches), reduction="sum")
+    total = torch.zeros((), device=accelerator.device)
+    for number, (x, y) in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        # FSDP2 adds up sharded gradients; without its synchronisation each process would hold them whole.
+        with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
+            loss = model(
+                input_ids=x,
+                shift_labels=y,
+                num_items_in_batch=tokens,
+                loss_from_hidden_states=None if keeps_logits(accelerator) else linear_cross_entropy,
+                use_cache=False,
+            ).loss
+            accelerator.backward(loss * accelerator.num_processes)  # data parallelism averages over processes
+        total += loss.detach()
+    return total
+
+
+def keeps_logits(accelerator: Accelerator) -> bool:
+    """Whether the head has to be called as a module: FSDP2 gathers its weights then. And in float16 the gradient
+    of one token's loss is too small before it is scaled up."""
+    return accelerator.is_fsdp2 or accelerator.scaler is not None
+
+
+def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
+    """The network itself, without the adapters that peft puts around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def global_batch_size(settings: TrainingSettings, accelerator: Accelerator) -> int:
+    """Sequences of one step over all processes and micro-batches."""
+    per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    return per_device * accelerator.num_processes
+
+
+def step_seed(seed: int, step: int, process_index: int) -> int:
+    """Seed of the random numbers (dropout) of one step of one process; nothing of them needs to be stored."""
+    return int(mix(mix(mix(seed) ^ np.uint64(step)) ^ np.uint64(process_index)) >> np.uint64(1))
+
+
+def smaller_batch(accelerator: Accelerator, settings: TrainingSettings, micro_batch: int) -> int:
+    """Half the micro-batch, which doubles the accumulation: the global batch and its mathematics stay.
+
+    Raises:
+        UserError: --auto_find_batch_size is not set, or there is nothing left to halve.
+    """
+    if accelerator.num_processes > 1 or not settings.auto_find_batch_size or micro_batch == 1:
+        raise UserError(
+            f"out of memory with {micro_batch} sequences at once: lower --per_device_train_batch_size and raise "
+            "--gradient_accumulation_steps by as much, or try --gradient_checkpointing; on one device "
+            "--auto_find_batch_size does it."
+        )
+    say(accelerator, f"out of memory with {micro_batch} sequences at once: going on with {micro_batch // 2}")
+    return micro_batch // 2
