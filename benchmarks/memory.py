@@ -22,6 +22,7 @@ from nanogpt_hf import NanoGPTForCausalLM, preset_config
 from nanogpt_hf.analysis.comparison import table
 from nanogpt_hf.analysis.planning import GIB, Layout, measure_size, step_memory
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import TrainingSettings, setting
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.training.hardware import make_accelerator
@@ -123,7 +124,7 @@ def compare(number: int) -> dict:
 def main() -> None:
     settings = parse(MemorySettings, __doc__)
     if not torch.cuda.is_available():
-        raise ValueError("there is no CUDA GPU here, and this measures one.")
+        raise UserError("there is no CUDA GPU here, and this measures one.")
     if settings.variant is not None:
         return print(measure(VARIANTS[settings.variant]))
     with ThreadPoolExecutor(AT_ONCE * torch.cuda.device_count()) as pool:

@@ -28,6 +28,7 @@ from accelerate.utils import set_seed
 
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
 from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.training.hardware import describe_device, make_accelerator, settle
@@ -250,10 +251,10 @@ def main() -> None:
         return
     here = torch.cuda.device_count()
     if not args.tiny and not here:
-        raise ValueError("there is no GPU to measure on: --tiny tries the script on the CPU.")
+        raise UserError("there is no GPU to measure on: --tiny tries the script on the CPU.")
     counts = args.processes or sorted({2**n for n in range(10) if 2**n <= here} | {here})
     if not args.tiny and max(counts) > here:
-        raise ValueError(f"--processes {max(counts)} is more than the {here} GPUs that are here.")
+        raise UserError(f"--processes {max(counts)} is more than the {here} GPUs that are here.")
     started, rows = time.monotonic(), []
     for preset in args.presets:
         batch, layouts = SIZES[preset]
