@@ -32,8 +32,9 @@ from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.training.hardware import describe_device, make_accelerator, settle
+from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import make_optimizers
-from nanogpt_hf.training.stepping import Stepper
+from nanogpt_hf.training.stepping import Stepper, global_batch_size
 
 ROOT = Path(__file__).parents[1]
 # Launch settings of a layout on one process, and on several.
@@ -104,10 +105,11 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
     else:
         ids = np.random.default_rng(0).integers(0, config.vocab_size, size=2**20, dtype=np.uint16)
     stream = TokenStream(ids, config.n_positions, accelerator.device)
+    objective = LanguageModeling(accelerator, stream, global_batch_size(settings, accelerator), seed=0)
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     optimizers = [optimizer.optimizer for optimizer in optimizers]
     model.train()
-    stepper = Stepper(accelerator, settings, model, optimizers, stream, lambda step: 1.0)
+    stepper = Stepper(accelerator, settings, model, optimizers, objective, lambda step: 1.0)
 
     def take_step(step: int) -> torch.Tensor:
         return stepper(step)[0]

@@ -33,9 +33,10 @@ from nanogpt_hf.analysis.comparison import (
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
+from nanogpt_hf.common.paths import check_model_name
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.data.corpora import load_corpus
-from nanogpt_hf.model.loading import check_name, load_model_and_tokenizer
+from nanogpt_hf.model.loading import load_model_and_tokenizer
 from nanogpt_hf.training.hardware import device_type, settle, use_all_cores
 from nanogpt_hf.training.reporting import library_versions, say
 
@@ -87,7 +88,7 @@ class EvaluationSettings:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(EvaluationSettings, __doc__, argv)
     for name in settings.model:
-        check_name(name)
+        check_model_name(name)
     use_all_cores()
     accelerator = Accelerator(cpu=device_type(settings.use_cpu) == "cpu")
     with accelerator.main_process_first():
