@@ -81,12 +81,10 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if action.dest in hints:
                 self._settle(action, hints[action.dest])
-        self._option_string_actions = {
-            name: action for action in self._actions for name in action.option_strings
-        }
 
-    @staticmethod
-    def _settle(action: Action, hint: Any) -> None:
+    def _settle(self, action: Action, hint: Any) -> None:
+        for spelling in action.option_strings[1:]:
+            del self._option_string_actions[spelling]
         del action.option_strings[1:]
         if action.type is string_to_bool:
             action.nargs, action.const, action.metavar = "?", True, "true|false"
@@ -300,7 +298,7 @@ def _what_is(word: str, known: Sequence[str]) -> str:
 
 def _from_config(path: str, cls: type[Settings]) -> dict[str, Any]:
     """The settings in the file of --config. The run.yaml that lies in a run's folder repeats it in another folder."""
-    values = read_yaml(path, cls.__dataclass_fields__, cls.RETIRED)
+    values = read_yaml(path, [item.name for item in fields(cls)], cls.RETIRED)
     folder = values.get("output_dir")
     if isinstance(folder, str) and Path(os.path.expanduser(folder)).resolve() == Path(path).resolve().parent:
         values["output_dir"] = next_folder(folder)

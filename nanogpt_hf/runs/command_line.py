@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,8 +55,7 @@ def earlier(cls: type[RunSettings], values: Values) -> dict[str, Any]:
         folder = Path(os.path.expanduser(checkpoint)).resolve().parents[1]
     if not (folder / "run.yaml").exists():
         return {}
-    known = cls.__dataclass_fields__
-    saved = read_yaml(folder / "run.yaml", known, cls.RETIRED)
+    saved = read_yaml(folder / "run.yaml", [item.name for item in fields(cls)], cls.RETIRED)
     return {name: value for name, value in saved.items() if name not in OF_A_START}
 
 
