@@ -46,6 +46,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "setuptools>=75",
             "tensorboard>=2.18",
             "trackio>=0.4",
             "types-PyYAML",

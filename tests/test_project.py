@@ -1,5 +1,6 @@
 """The project itself: lint, launch settings, and what README promises."""
 
+import ast
 import os
 import re
 import shutil
@@ -49,6 +50,26 @@ def test_every_flag_in_the_readme_exists():
     launcher = {"config_file", "num_processes"}
     for flag in set(re.findall(r"--([a-z]\w+)", README)) - launcher:
         assert re.search(rf"\b{flag}\b", text), flag
+
+
+def named_places():
+    """Every `file.py:name` in the documentation."""
+    for path in [*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]:
+        for file, name in re.findall(r"`([\w/]+\.py):(\w+)`", path.read_text(encoding="utf-8")):
+            yield path.name, file, name
+
+
+def test_the_places_that_the_documentation_names_are_there():
+    places = list(named_places())
+    assert len(places) > 30
+    for document, file, name in places:
+        path = ROOT / file if (ROOT / file).exists() else ROOT / "nanogpt_hf" / file
+        defined = {
+            node.name
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        assert name in defined, (document, file, name)
 
 
 def lint_imports(folder):
