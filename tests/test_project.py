@@ -1,8 +1,10 @@
 """The project itself: lint, launch settings, and what README promises."""
 
 import ast
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from processes import finished
+
+from nanogpt_hf.common.cli import parse
+from nanogpt_hf.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,15 +47,79 @@ def test_the_tree_in_the_readme_is_the_tree_on_the_disk():
         assert list(ROOT.glob(f"**/{name}")), name
 
 
-def test_every_flag_in_the_readme_exists():
-    from nanogpt_hf.common import settings
+class Parsed(Exception):
+    """What a recipe was told."""
 
-    text = "\n".join(
-        path.read_text(encoding="utf-8") for path in [*ROOT.glob("recipes/*.py"), Path(settings.__file__)]
+
+def told(recipe, words, monkeypatch):
+    """The settings that a recipe's own parser makes of a command line, without its paths being looked for."""
+    spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def read(cls, description, *arguments, **options):
+        defaults = options.get(
+            "defaults", arguments[0] if arguments and not isinstance(arguments[0], list) else {}
+        )
+        raise Parsed(parse(cls, description, words, defaults={} if callable(defaults) else defaults))
+
+    for name in ("parse", "read_settings"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, read)
+    with pytest.raises(Parsed) as end:
+        module.main()
+    return end.value.args[0]
+
+
+def commands(text):
+    """Every command of a recipe in the code blocks of a text: its name and its words."""
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            for i, word in enumerate(words):
+                if match := re.fullmatch(r"recipes/(\w+)\.py", word):
+                    yield match[1], words[i + 1 :]
+                elif word == "nanogpt" and i + 1 < len(words):
+                    yield words[i + 1], words[i + 2 :]
+
+
+def test_the_readmes_commands_are_understood_by_their_recipes(monkeypatch):
+    found = list(commands(README))
+    assert len(found) > 8
+    for recipe, words in found:
+        assert told(recipe, words, monkeypatch), (recipe, words)
+
+
+def test_a_wrong_flag_in_the_readme_would_be_seen(monkeypatch):
+    (recipe, words), *_ = commands(README)
+    with pytest.raises(UserError, match="there is no setting --no_such_setting"):
+        told(recipe, [*words, "--no_such_setting"], monkeypatch)
+
+
+def test_the_readmes_python_runs(tmp_path):
+    """On a tiny model in the place of the reader's."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (name,) = re.findall(r'"(runs/\w+)"', block)
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 60, encoding="utf-8")
+    words = [
+        "--corpus",
+        tmp_path / "text.txt",
+        "--output_dir",
+        tmp_path / name,
+        "--max_steps",
+        4,
+        "--use_cpu",
+    ]
+    words += "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4".split()
+    finished(words, recipe="pretrain_char.py", log=tmp_path / "log")
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
-    launcher = {"config_file", "num_processes"}
-    for flag in set(re.findall(r"--([a-z]\w+)", README)) - launcher:
-        assert re.search(rf"\b{flag}\b", text), flag
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 def named_places():
