@@ -40,6 +40,7 @@ setup(
             "tensorboard>=2.18",
             "trackio>=0.4",
         ],
+        "verse": ["pronouncing>=0.3", "silero-stress>=1.5"],
         "interop": ["ctranslate2>=4.6", "tiktoken>=0.8"],
     },
 )

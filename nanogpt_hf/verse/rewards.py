@@ -47,14 +47,22 @@ def originality(training_texts: Sequence[str], window: int = 20) -> Reward:
     """Share of a text's windows of so many characters that no training text holds: against copying.
 
     1 - the metric memorization's memorized_share of the one text, but for a collision of hashes (64 bits).
+
+    Raises:
+        UserError: no training text is as long as a window.
     """
-    known = np.unique(np.concatenate([_windows(text, window) for text in training_texts]))
+    known = np.unique(
+        np.concatenate([np.zeros(0, np.uint64), *(_windows(text, window) for text in training_texts)])
+    )
+    if not known.size:
+        raise UserError(f"there is no training text of {window} characters or more to tell copies from.")
 
-    def reward(texts: Sequence[str]) -> list[float]:
-        shares = (np.isin(_windows(text, window), known) for text in texts)
-        return [1.0 - float(copied.mean()) if copied.size else 1.0 for copied in shares]
+    def share(text: str) -> float:
+        windows = _windows(text, window)
+        found = known[np.searchsorted(known[:-1], windows)] == windows
+        return 1.0 - float(found.mean()) if found.size else 1.0
 
-    return reward
+    return lambda texts: [share(text) for text in texts]
 
 
 def _windows(text: str, width: int) -> np.ndarray:

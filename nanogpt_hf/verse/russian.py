@@ -16,7 +16,9 @@ ACUTE = "\u0301"  # after a vowel: stress as the text itself marks it
 # Conjunctions, prepositions and particles that lean on a neighbour: their own stress is weak, and verse puts them in
 # either place (Zhirmunsky 1925, Introduction to Metrics, on words of two syllables without stress).
 ATONIC = frozenset("или либо чтобы дабы перед передо предо между через нибудь".split())
-LONGEST_WORD = 40  # letters that are read: the model looks at every part of a word, and a run of thousands has too many
+LONGEST_WORD = (
+    40  # letters that are read: the model looks at every part of a word, and a run of thousands has too many
+)
 
 _known: dict[str, tuple[Reading, ...]] = {}
 

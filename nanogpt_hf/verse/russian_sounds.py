@@ -72,12 +72,8 @@ def _voiced_alike(heard: list[str]) -> list[str]:
 
 def _single(heard: list[str]) -> list[str]:
     """Of a double consonant the second."""
-    following = [*heard[1:], ""]
-    return [
-        sound
-        for sound, after in zip(heard, following, strict=True)
-        if sound[0] != after[:1] or sound in VOWELS.values()
-    ]
+    pairs = zip(heard, [*heard[1:], ""], strict=False)
+    return [sound for sound, after in pairs if sound[0] != after[:1] or sound in VOWELS.values()]
 
 
 def _reduced(heard: list[str]) -> list[str]:
