@@ -24,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.generation.text import generate_ids
 from nanogpt_hf.training.hardware import device_type
@@ -51,13 +52,13 @@ class GenerateSettings:
     def __post_init__(self):
         for size in self.sizes:
             if size not in SIZES:
-                raise ValueError(f"--sizes {size}: there is no such size, use {', '.join(SIZES)}.")
+                raise UserError(f"--sizes {size}: there is no such size, use {', '.join(SIZES)}.")
         if self.nanogpt_dir is not None and not Path(self.nanogpt_dir, "model.py").is_file():
-            raise ValueError(
+            raise UserError(
                 f"--nanogpt_dir {self.nanogpt_dir} holds no model.py: give a checkout of nanoGPT."
             )
         if min(self.repeats, *self.batch_sizes) < 1:
-            raise ValueError("--repeats and --batch_sizes must be at least 1.")
+            raise UserError("--repeats and --batch_sizes must be at least 1.")
 
 
 def make_writer(variant: str, size: str, device: str) -> Callable[[torch.Tensor, int], None]:

@@ -52,7 +52,8 @@ def time_ours(folder: Path, batch: int, steps: int) -> list[float]:
     """Seconds of every step, as the loop reports the mean of each LOGGED of them."""
     from nanogpt_hf.common.settings import FinetuningSettings
     from nanogpt_hf.data.corpora import load_corpus
-    from nanogpt_hf.runs.finetuning import make
+    from nanogpt_hf.runs.finetuning import adapt_base
+    from nanogpt_hf.runs.run import language_modeling, make_ready, resolve
     from nanogpt_hf.training.hardware import make_accelerator
     from nanogpt_hf.training.loop import train
 
@@ -76,8 +77,11 @@ def time_ours(folder: Path, batch: int, steps: int) -> list[float]:
     )
     accelerator = make_accelerator(settings)
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage)
-    tokenizer, model, _ = make(settings, corpus)
-    train(accelerator, settings, corpus, tokenizer, model)
+    tokenizer, model, _ = adapt_base(settings, corpus)
+    settings = resolve(settings, accelerator, corpus, tokenizer, model)
+    make_ready(settings, model)
+    objective = language_modeling(accelerator, settings, corpus, tokenizer)
+    train(accelerator, settings, corpus, tokenizer, model, objective)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [batch * settings.n_positions / row["tokens_per_s"] for row in rows for _ in range(LOGGED)]
 

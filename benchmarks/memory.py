@@ -22,12 +22,14 @@ from nanogpt_hf import NanoGPTForCausalLM, preset_config
 from nanogpt_hf.analysis.comparison import table
 from nanogpt_hf.analysis.planning import GIB, Layout, measure_size, step_memory
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import TrainingSettings, setting
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.training.hardware import make_accelerator
+from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import make_optimizers
 from nanogpt_hf.training.reporting import library_versions
-from nanogpt_hf.training.stepping import Stepper
+from nanogpt_hf.training.stepping import Stepper, global_batch_size
 
 # preset, architecture, sequences a micro-batch, micro-batches, gradient checkpointing, torch.compile
 VARIANTS = [
@@ -80,10 +82,11 @@ def measure(variant: tuple) -> int:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     ids = torch.randint(model.config.vocab_size, (T * batch_size * micro_batches * 2,)).numpy()
     stream = TokenStream(ids, T, accelerator.device)
+    objective = LanguageModeling(accelerator, stream, global_batch_size(settings, accelerator), seed=0)
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     model.train()
     optimizers = [optimizer.optimizer for optimizer in optimizers]
-    take_step = Stepper(accelerator, settings, model, optimizers, stream, lambda step: 1.0)
+    take_step = Stepper(accelerator, settings, model, optimizers, objective, lambda step: 1.0)
     take_step.steps_before_capture = -1  # memory as the allocator has it, without a graph's own
     for step in range(4):
         if step == 2:
@@ -123,7 +126,7 @@ def compare(number: int) -> dict:
 def main() -> None:
     settings = parse(MemorySettings, __doc__)
     if not torch.cuda.is_available():
-        raise ValueError("there is no CUDA GPU here, and this measures one.")
+        raise UserError("there is no CUDA GPU here, and this measures one.")
     if settings.variant is not None:
         return print(measure(VARIANTS[settings.variant]))
     with ThreadPoolExecutor(AT_ONCE * torch.cuda.device_count()) as pool:

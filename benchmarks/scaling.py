@@ -28,11 +28,13 @@ from accelerate.utils import set_seed
 
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
 from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.training.hardware import describe_device, make_accelerator, settle
+from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import make_optimizers
-from nanogpt_hf.training.stepping import Stepper
+from nanogpt_hf.training.stepping import Stepper, global_batch_size
 
 ROOT = Path(__file__).parents[1]
 # Launch settings of a layout on one process, and on several.
@@ -103,10 +105,11 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
     else:
         ids = np.random.default_rng(0).integers(0, config.vocab_size, size=2**20, dtype=np.uint16)
     stream = TokenStream(ids, config.n_positions, accelerator.device)
+    objective = LanguageModeling(accelerator, stream, global_batch_size(settings, accelerator), seed=0)
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     optimizers = [optimizer.optimizer for optimizer in optimizers]
     model.train()
-    stepper = Stepper(accelerator, settings, model, optimizers, stream, lambda step: 1.0)
+    stepper = Stepper(accelerator, settings, model, optimizers, objective, lambda step: 1.0)
 
     def take_step(step: int) -> torch.Tensor:
         return stepper(step)[0]
@@ -250,10 +253,10 @@ def main() -> None:
         return
     here = torch.cuda.device_count()
     if not args.tiny and not here:
-        raise ValueError("there is no GPU to measure on: --tiny tries the script on the CPU.")
+        raise UserError("there is no GPU to measure on: --tiny tries the script on the CPU.")
     counts = args.processes or sorted({2**n for n in range(10) if 2**n <= here} | {here})
     if not args.tiny and max(counts) > here:
-        raise ValueError(f"--processes {max(counts)} is more than the {here} GPUs that are here.")
+        raise UserError(f"--processes {max(counts)} is more than the {here} GPUs that are here.")
     started, rows = time.monotonic(), []
     for preset in args.presets:
         batch, layouts = SIZES[preset]

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.data.preparation import Unit, in_order, tasks, units, work, worker_pool
 from nanogpt_hf.data.readers import open_source
@@ -109,7 +110,7 @@ def main() -> None:
             seconds[name].append(taken)
             expected = ids if expected is None else expected
             if number == 0 and not np.array_equal(ids, expected):
-                raise ValueError(f"{name} gives other ids than ours on {settings.corpus}.")
+                raise UserError(f"{name} gives other ids than ours on {settings.corpus}.")
     characters, tokens = sum(map(len, texts)), len(expected)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     results = {

@@ -29,18 +29,20 @@ def ours(config, spec, device):
     from nanogpt_hf import NanoGPTForCausalLM
     from nanogpt_hf.common.settings import TrainingSettings
     from nanogpt_hf.data.token_stream import TokenStream
+    from nanogpt_hf.training.objectives import LanguageModeling
     from nanogpt_hf.training.optimization import make_optimizers
-    from nanogpt_hf.training.stepping import Stepper
+    from nanogpt_hf.training.stepping import Stepper, global_batch_size
 
     torch.set_float32_matmul_precision("high")
     settings = TrainingSettings(per_device_train_batch_size=spec["batch_size"])  # AdamW, clipping at 1
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if device == "cuda" else "no")
     ids = np.random.default_rng(0).integers(0, config.vocab_size, spec["block_size"] * 4096 + 1)
     stream = TokenStream(ids, spec["block_size"], accelerator.device)
+    objective = LanguageModeling(accelerator, stream, global_batch_size(settings, accelerator), seed=0)
     model = NanoGPTForCausalLM(config)
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     optimizers = [optimizer.optimizer for optimizer in optimizers]
-    take_step = Stepper(accelerator, settings, model, optimizers, stream, lambda step: 1.0)
+    take_step = Stepper(accelerator, settings, model, optimizers, objective, lambda step: 1.0)
     numbers = iter(range(10**9))
     return lambda: take_step(next(numbers))
 

@@ -1,15 +1,52 @@
 """Train and fine-tune small GPTs; everything made is an ordinary transformers checkpoint.
 
-Importing the package registers its model with AutoConfig, AutoModel and AutoModelForCausalLM.
+Importing the package registers its model with transformers' auto classes, as soon as those are imported: torch, which
+they need, takes seconds, and a command line has to answer before.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
-from .model import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel, preset_config
+import wrapt
 
 __version__ = "0.1.0"
-__all__ = ["NanoGPTConfig", "NanoGPTForCausalLM", "NanoGPTModel", "preset_config"]
 
-AutoConfig.register("nanogpt", NanoGPTConfig, exist_ok=True)
-AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)
-AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTForCausalLM, exist_ok=True)
+_HOMES = {
+    "DataSettings": "common.settings",
+    "FinetuningSettings": "common.settings",
+    "NanoGPTConfig": "model",
+    "NanoGPTForCausalLM": "model",
+    "NanoGPTModel": "model",
+    "TrainingSettings": "common.settings",
+    "UserError": "common.errors",
+    "export": "sharing.export",
+    "finetune": "runs.finetuning",
+    "generate_text": "generation.text",
+    "load_model_and_tokenizer": "model.loading",
+    "preset_config": "model",
+    "pretrain": "runs.pretraining",
+    "stream_text": "generation.text",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+@wrapt.when_imported("transformers.models.auto.modeling_auto")
+def _register(auto: ModuleType) -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .model import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel
+
+    AutoConfig.register("nanogpt", NanoGPTConfig, exist_ok=True)
+    auto.AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)
+    auto.AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTForCausalLM, exist_ok=True)

@@ -31,10 +31,12 @@ from nanogpt_hf.analysis.comparison import (
     table,
 )
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
+from nanogpt_hf.common.paths import check_model_name
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.data.corpora import load_corpus
-from nanogpt_hf.model.loading import check_name, load_model_and_tokenizer
+from nanogpt_hf.model.loading import load_model_and_tokenizer
 from nanogpt_hf.training.hardware import device_type, settle, use_all_cores
 from nanogpt_hf.training.reporting import library_versions, say
 
@@ -68,7 +70,7 @@ class EvaluationSettings:
 
     def __post_init__(self):
         if not self.model:
-            raise ValueError("--model is missing: give one or more folders or Hub ids.")
+            raise UserError("--model is missing: give one or more folders or Hub ids.")
         for name in (
             "n_positions",
             "stride",
@@ -77,16 +79,16 @@ class EvaluationSettings:
             "passage_length",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
         for name in ("samples", "temperature", "passage_start"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} is {getattr(self, name)}, it must not be negative.")
+                raise UserError(f"--{name} is {getattr(self, name)}, it must not be negative.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(EvaluationSettings, __doc__, argv)
     for name in settings.model:
-        check_name(name)
+        check_model_name(name)
     use_all_cores()
     accelerator = Accelerator(cpu=device_type(settings.use_cpu) == "cpu")
     with accelerator.main_process_first():
@@ -142,7 +144,7 @@ def write(
             (staging / "results.json").write_text(as_json(results), encoding="utf-8")
             draw_surprise(staging / "surprise.png", place, passage, page)
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
+        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
     print(f"\nwritten to {folder}: results.md, results.json, surprise.png")
 
 

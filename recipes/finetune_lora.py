@@ -19,20 +19,24 @@ not measured on GPT-2 itself. Early stopping, and keeping the best model, guard 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import run_recipe
 from nanogpt_hf.common.settings import FinetuningSettings
 from nanogpt_hf.data.named_corpora import DOCUMENT_ENDS
-from nanogpt_hf.runs.finetuning import finetune
+from nanogpt_hf.runs.command_line import read_settings
 
 
-def defaults(said: Mapping) -> Mapping:
+def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
     corpus = said.get("corpus", "tiny_pushkin")
     return {"document_end": DOCUMENT_ENDS.get(corpus)}
 
 
 def main() -> None:
-    finetune(parse(FinetuningSettings, __doc__, defaults=defaults))
+    settings = read_settings(FinetuningSettings, __doc__, defaults)
+    from nanogpt_hf.runs.finetuning import finetune  # with torch, which takes seconds
+
+    finetune(settings)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from nanogpt_hf.analysis.planning import (
     usual_layouts,
 )
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.model import find_preset
@@ -85,12 +86,12 @@ class PlanSettings:
     def __post_init__(self):
         for name in ("vocab_size", "n_positions", "gpus", "batch_tokens", "per_device_train_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
         for name in ("gpu_memory_gib", "gpu_tflops"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e9:
-                raise ValueError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
         if not 0 < self.mfu <= 1:
-            raise ValueError(f"--mfu is {self.mfu}, it must be more than 0 and at most 1.")
+            raise UserError(f"--mfu is {self.mfu}, it must be more than 0 and at most 1.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batch_tokens = settings.batch_tokens or preset.batch_tokens
     micro_batch = settings.per_device_train_batch_size * config.n_positions
     if settings.batch_tokens and settings.batch_tokens < micro_batch:
-        raise ValueError(
+        raise UserError(
             f"--batch_tokens is {settings.batch_tokens:,}, less than one micro-batch of {micro_batch:,} tokens: give "
             "more, or a smaller --per_device_train_batch_size or --n_positions."
         )
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 (staging / "plan.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
                 draw_memory(staging / "memory.png", f"{title}\n{batch_words}", rows, gpu)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {settings.output_dir} cannot be written ({error.strerror})."
             ) from error
         print(f"\nwritten to {settings.output_dir}: plan.json, memory.png")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.data.preparation import prepare
 
@@ -42,13 +43,13 @@ class PreparationSettings:
 
     def __post_init__(self):
         if not 0 < self.validation_split_percentage <= 50:
-            raise ValueError(
+            raise UserError(
                 f"--validation_split_percentage is {self.validation_split_percentage}, it must be more than 0 and at "
                 "most 50."
             )
         for name, least in (("shard_tokens", 1), ("num_proc", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least {least}.")
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least {least}.")
         self.output_dir = os.path.expanduser(
             self.output_dir or f"data/{Path(self.corpus.rstrip('/*')).stem or 'corpus'}"
         )

@@ -14,11 +14,11 @@ their number and --per_device_train_batch_size, unless it is given.
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nanogpt_hf.common.cli import run_recipe
-from nanogpt_hf.data.shards import is_shards
-from nanogpt_hf.runs.pretraining import pretrain_from_command_line
-from nanogpt_hf.training.hardware import device_type
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.runs.command_line import preset_here, read_settings
 
 SEQUENCES = (
     512  # a step: 512 x 1,024 tokens are the 0.5M of GPT-3 (Brown et al. 2020, table 2.1) and of nanoGPT
@@ -50,10 +50,11 @@ BY_PRESET = {
 }
 
 
-def defaults(said: Mapping) -> Mapping:
+def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
     """By preset, corpus and number of processes."""
-    without_gpu = device_type(bool(said.get("use_cpu"))) == "cpu"
-    preset = said.get("preset") or ("cpu" if without_gpu else "gpt2")
+    from nanogpt_hf.data.shards import is_shards
+
+    preset = preset_here(said, without_gpu="cpu", with_gpu="gpt2")
     corpus = str(said.get("corpus", ""))
     chosen = {"preset": preset, "tokenizer": "openai-community/gpt2"} | BY_PRESET.get(preset, GPT2)
     if is_shards(corpus):
@@ -68,7 +69,10 @@ def defaults(said: Mapping) -> Mapping:
 
 
 def main() -> None:
-    pretrain_from_command_line(__doc__, defaults)
+    settings = read_settings(TrainingSettings, __doc__, defaults)
+    from nanogpt_hf.runs.pretraining import pretrain  # with torch, which takes seconds
+
+    pretrain(settings)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ All but the defaults is as in pretrain_char.py. Losses in nats a token compare o
 recipes/evaluate.py puts all on one scale, bits per byte.
 """
 
-from nanogpt_hf.common.cli import run_recipe
-from nanogpt_hf.runs.pretraining import pretrain_from_command_line
+from nanogpt_hf.common.cli import by_preset, run_recipe
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.runs.command_line import read_settings, size_here
 
 # Tiny Shakespeare's training split is 411,000 tokens of 1,024: 400 steps of 8 x 128 or 25 of 64 x 256.
 DEFAULTS = {
@@ -49,7 +50,10 @@ DEFAULTS = {
 
 
 def main() -> None:
-    pretrain_from_command_line(__doc__, DEFAULTS)
+    settings = read_settings(TrainingSettings, __doc__, by_preset(DEFAULTS, size_here))
+    from nanogpt_hf.runs.pretraining import pretrain  # with torch, which takes seconds
+
+    pretrain(settings)
 
 
 if __name__ == "__main__":

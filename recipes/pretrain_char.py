@@ -8,8 +8,9 @@
 Without a GPU it takes the preset `cpu` (0.9M parameters, 2 to 6 minutes on 2 cores), with one `baby` (10.7M).
 """
 
-from nanogpt_hf.common.cli import run_recipe
-from nanogpt_hf.runs.pretraining import pretrain_from_command_line
+from nanogpt_hf.common.cli import by_preset, run_recipe
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.runs.command_line import read_settings, size_here
 
 DEFAULTS = {
     "cpu": dict(
@@ -44,7 +45,10 @@ DEFAULTS = {
 
 
 def main() -> None:
-    pretrain_from_command_line(__doc__, DEFAULTS)
+    settings = read_settings(TrainingSettings, __doc__, by_preset(DEFAULTS, size_here))
+    from nanogpt_hf.runs.pretraining import pretrain  # with torch, which takes seconds
+
+    pretrain(settings)
 
 
 if __name__ == "__main__":

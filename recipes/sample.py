@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.common.text import printable
 from nanogpt_hf.generation.text import generate_text, stream_text
@@ -38,16 +39,16 @@ class SampleSettings:
 
     def __post_init__(self):
         if self.model is None:
-            raise ValueError("--model is missing: give a run folder or a Hub id.")
+            raise UserError("--model is missing: give a run folder or a Hub id.")
         # Python spells the bytes of an argument as surrogates where the locale is not UTF-8.
         self.prompt, *self.stop = (os.fsencode(text).decode("utf-8") for text in (self.prompt, *self.stop))
         for name in ("num_return_sequences", "max_new_tokens", "top_k"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature is {self.temperature}, it must be 0 or more.")
+            raise UserError(f"--temperature is {self.temperature}, it must be 0 or more.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p is {self.top_p}, it must be more than 0 and at most 1.")
+            raise UserError(f"--top_p is {self.top_p}, it must be more than 0 and at most 1.")
 
 
 def main() -> None:

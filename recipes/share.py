@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.sharing.export import export_run
 from nanogpt_hf.sharing.hub import check_push, push
@@ -31,13 +32,13 @@ class ShareSettings:
 
     def __post_init__(self):
         if self.model is None:
-            raise ValueError("--model is missing: give a run folder.")
+            raise UserError("--model is missing: give a run folder.")
         if self.hub_model_id is None and self.output_dir is None:
-            raise ValueError("there is nothing to do: give --hub_model_id, --output_dir or both.")
+            raise UserError("there is nothing to do: give --hub_model_id, --output_dir or both.")
         if self.output_dir and Path(self.output_dir).is_file():
-            raise ValueError(f"--output_dir {self.output_dir} is a file: give a folder.")
+            raise UserError(f"--output_dir {self.output_dir} is a file: give a folder.")
         if self.output_dir and Path(self.output_dir).is_dir() and any(Path(self.output_dir).iterdir()):
-            raise ValueError(f"--output_dir {self.output_dir} is not empty: choose another folder.")
+            raise UserError(f"--output_dir {self.output_dir} is not empty: choose another folder.")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerFast
 
 from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.data.corpora import Corpus, load_corpus
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(TokenizerSettings, __doc__, argv)
     folder = settings.folder()
     if folder.exists() and not (folder.is_dir() and settings.overwrite_output_dir):
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} exists: give another, or --overwrite_output_dir for a folder."
         )
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with files_written_whole(folder) as staging:
             tokenizer.save_pretrained(staging)
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
+        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
     print(HEADER, row(folder.name, tokenizer, corpus), sep="\n")
 
 

@@ -21,6 +21,7 @@ from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.corpora import load_corpus
 from nanogpt_hf.runs.pretraining import make_tokenizer_and_model
+from nanogpt_hf.runs.run import language_modeling, make_ready, resolve
 from nanogpt_hf.training.hardware import make_accelerator
 from nanogpt_hf.training.loop import train
 
@@ -59,10 +60,12 @@ def train_here(words: list[str], change_model=None, make_accelerator=make_accele
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
     set_seed(settings.seed)
     tokenizer, model = make_tokenizer_and_model(settings, corpus)
-    model.set_attn_implementation(settings.attn_implementation)
+    settings = resolve(settings, accelerator, corpus, tokenizer, model)
+    make_ready(settings, model)
     if change_model is not None:
         change_model(model)
-    return train(accelerator, settings, corpus, tokenizer, model)
+    objective = language_modeling(accelerator, settings, corpus, tokenizer)
+    return train(accelerator, settings, corpus, tokenizer, model, objective)
 
 
 class Run:

@@ -729,7 +729,7 @@ def test_a_push_that_can_never_work_is_refused_in_a_sentence(server, client):
     never += [(name, "hf_write", {}, "cannot be the name of a Hub repository") for name in invalid]
     for name, token, options, message in never:
         error, printed = check(client, name, token, **options)
-        assert error and error.startswith("ValueError: ") and message in error and "\n" not in error, (
+        assert error and error.startswith("UserError: ") and message in error and "\n" not in error, (
             name,
             error,
         )
@@ -814,7 +814,7 @@ def test_a_run_that_could_never_push_ends_before_it_begins(server, client, corpu
             architecture="gpt2", push_to_hub=True, corpus=str(corpus), output_dir=str(tmp_path / "x")
         )
         _, error, _ = client.ask(PRETRAIN, token, settings=settings | changes)
-        assert error.startswith("ValueError: ") and message in error
+        assert error.startswith("UserError: ") and message in error
     assert not (tmp_path / "x").exists() and writes(server.requests[before:]) == []
 
 

@@ -5,6 +5,7 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -27,9 +28,11 @@ from nanogpt_hf.analysis.planning import (
     usual_layouts,
 )
 from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.model import PRESETS, find_preset
 from nanogpt_hf.training import fused_loss
 from nanogpt_hf.training.fused_loss import linear_cross_entropy
+from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import make_optimizers
 from nanogpt_hf.training.stepping import accumulate_gradients
 
@@ -108,13 +111,8 @@ def kept_by_forward(config, batch_size: int, compiled: bool) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(
-                input_ids=x,
-                shift_labels=x,
-                num_items_in_batch=torch.tensor(x.numel()),
-                loss_from_hidden_states=linear_cross_entropy,
-                use_cache=False,
-            ).loss
+            hidden_states = model.transformer(input_ids=x, use_cache=False).last_hidden_state
+            loss = linear_cross_entropy(hidden_states, model.lm_head.weight, x, torch.tensor(x.numel()))
     assert loss.isfinite()
     return sum(count for pointer, (count, _) in kept.items() if pointer not in parameters)
 
@@ -148,15 +146,17 @@ def peak_of_a_step(config, batch_size: int, micro_batches: int, checkpointing: b
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, TrainingSettings()))
     optimizers = [optimizer.optimizer for optimizer in optimizers]
 
+    objective = LanguageModeling(accelerator, TokenStream(np.zeros(1000), config.n_positions), 1, 0)
+
     def step(batches):
-        accumulate_gradients(accelerator, model, batches)
+        accumulate_gradients(accelerator, model, objective, batches)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
 
     step([(x, x)])
     if micro_batches > 1:
-        accumulate_gradients(accelerator, model, [(x, x)] * (micro_batches - 1))
+        accumulate_gradients(accelerator, model, objective, [(x, x)] * (micro_batches - 1))
     tracker = MemTracker()
     tracker.track_external(model, *optimizers)
     with tracker:  # the last micro-batch alone: a tracker follows one forward pass

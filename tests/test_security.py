@@ -31,7 +31,6 @@ from nanogpt_hf.common.text import printable, without_home
 from nanogpt_hf.data.corpora import Corpus, load_corpus
 from nanogpt_hf.data.tokenization import train_char_tokenizer
 from nanogpt_hf.generation.text import generate_text
-from nanogpt_hf.runs.run import default_folder
 from nanogpt_hf.training.checkpoints import (
     Progress,
     damage,
@@ -251,7 +250,7 @@ def test_an_error_that_quotes_control_characters_does_not_either(tmp_path):
 @example("../../etc/passwd", "/")
 @example("~", "~root")
 def test_no_name_of_a_corpus_leaves_the_folder_of_the_runs(corpus, tokenizer):
-    folder = Path(default_folder(TrainingSettings(corpus=corpus, tokenizer=tokenizer)))
+    folder = Path(TrainingSettings(corpus=corpus, tokenizer=tokenizer).folder())
     assert folder.parent == Path("runs") and folder.name not in ("", ".", "..")
     assert os.path.normpath(folder) == str(folder)
 

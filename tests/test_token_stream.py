@@ -73,5 +73,7 @@ def test_memory_map_gives_the_same_batches(tmp_path):
 
 
 def test_too_short_a_text_says_what_to_do():
-    with pytest.raises(ValueError, match="10 tokens, but one block takes 11.*smaller --n_positions"):
+    with pytest.raises(
+        ValueError, match="10 tokens to train on, but one block takes 11.*smaller --n_positions"
+    ):
         TokenStream(np.arange(10), 10)

@@ -10,6 +10,7 @@ from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
+from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import (
     Muon,
     make_capturable,
@@ -27,6 +28,12 @@ def make():
         vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
     return NanoGPTForCausalLM(NanoGPTConfig(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields))
+
+
+def language_modeling(accelerator=None, batch_size=4):
+    ids = torch.randint(0, 50, (2000,), generator=torch.Generator().manual_seed(2)).numpy()
+    accelerator = accelerator or Accelerator(cpu=True)
+    return LanguageModeling(accelerator, TokenStream(ids, 16, accelerator.device), batch_size, 1337)
 
 
 def ragged_batch(rows):
@@ -47,7 +54,7 @@ def test_accumulation_of_ragged_micro_batches_is_the_whole_batch(micro_batch):
     for size in (32, micro_batch):
         model = make()
         batches = [(x[i : i + size], y[i : i + size]) for i in range(0, 32, size)]
-        loss = accumulate_gradients(accelerator, model, batches)
+        loss = accumulate_gradients(accelerator, model, language_modeling(accelerator), batches)
         results.append((loss, [p.grad for p in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-7)
     logits = make()(x).logits
@@ -151,7 +158,7 @@ def steps_taken(optim, prepare=lambda optimizers: None):
     x, y = ragged_batch(8)
     for factor in (0.5, 1.0, 0.25):
         set_learning_rates(optimizers, factor)
-        accumulate_gradients(Accelerator(cpu=True), model, [(x, y)])
+        accumulate_gradients(Accelerator(cpu=True), model, language_modeling(), [(x, y)])
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
@@ -176,10 +183,9 @@ def tiny_run(tmp_path, *words):
 def stepper(settings, model=None):
     accelerator = Accelerator(cpu=True)
     model = model or make()
-    ids = torch.randint(0, 50, (2000,), generator=torch.Generator().manual_seed(2)).numpy()
     optimizers = make_optimizers(model, settings)
     return Stepper(
-        accelerator, settings, model, optimizers, TokenStream(ids, 16), make_schedule(settings)
+        accelerator, settings, model, optimizers, language_modeling(accelerator), make_schedule(settings)
     ), model
 
 
@@ -211,13 +217,12 @@ def test_a_recorded_step_is_the_step_itself(architecture, optim, own_accelerate_
         model, *optimizers = accelerator.prepare(
             *(lambda m: (m, *make_optimizers(m, settings)))(NanoGPTForCausalLM(config))
         )
-        stream = TokenStream(torch.arange(3000).remainder(50).numpy(), 16, accelerator.device)
         take_step = Stepper(
             accelerator,
             settings,
             model,
             [o.optimizer for o in optimizers],
-            stream,
+            language_modeling(accelerator, 8),
             lambda step: 1 / (step + 1),
         )
         take_step.steps_before_capture = steps_before_capture

@@ -1,15 +1,15 @@
-"""The command line of every recipe, and how a recipe answers what goes wrong."""
+"""The command line of every recipe, and how a recipe answers what goes wrong. Nothing here imports torch."""
 
 import errno
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, field, fields, make_dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from types import MappingProxyType
-from typing import TypeVar
+from types import MappingProxyType, NoneType
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -17,30 +17,134 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 
 from .errors import UserError
+from .settings import Settings
 from .text import nearest, printable
 
-T = TypeVar("T")
+S = TypeVar("S", bound=Settings)
+Values = Mapping[str, Any]
+
+# What other tools call a setting of ours -> our names of it; the first one that a recipe has is meant.
+OTHER_NAMES = {
+    "batch_size": ["per_device_train_batch_size", "per_device_eval_batch_size"],
+    "block_size": ["n_positions"],
+    "context_length": ["n_positions"],
+    "data": ["corpus"],
+    "dataset": ["corpus"],
+    "device": ["use_cpu"],
+    "epochs": ["num_train_epochs"],
+    "eval_interval": ["eval_steps"],
+    "init_from": ["model_name_or_path"],
+    "iters": ["max_steps"],
+    "learning_rate_muon": ["muon_learning_rate"],
+    "lora_rank": ["lora_r"],
+    "lr": ["learning_rate"],
+    "max_iters": ["max_steps"],
+    "max_length": ["max_new_tokens", "n_positions"],
+    "max_seq_length": ["n_positions"],
+    "max_tokens": ["max_new_tokens"],
+    "model": ["model_name_or_path", "model"],
+    "num_epochs": ["num_train_epochs"],
+    "num_samples": ["num_return_sequences"],
+    "num_steps": ["max_steps"],
+    "out_dir": ["output_dir"],
+    "rank": ["lora_r"],
+    "resume": ["resume_from_checkpoint"],
+    "steps": ["max_steps"],
+    "train_file": ["corpus"],
+    "warmup_iters": ["warmup_steps"],
+}
+# Settings that say the same thing in other ways: who gives one means it, and not a recipe's default of another.
+RIVALS = ("max_steps", "num_train_epochs")
+UNSAID = object()
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps a recipe's launch lines as they are, and shows defaults."""
+    """Keeps a recipe's launch lines as they are, and shows the defaults that say something."""
+
+    def _get_help_string(self, action: Action) -> str:
+        default = action.default
+        shown = (
+            default not in ("", SUPPRESS) and default != [] and default is not None and default is not False
+        )
+        return f"{action.help}{' (default: %(default)s)' if shown else ''}"
 
 
-class OneSentenceParser(HfArgumentParser):
-    """HfArgumentParser whose errors are UserErrors, and whose `bool | None` settings are flags too."""
+class _Parser(HfArgumentParser):
+    """HfArgumentParser with one spelling for each setting, whose errors are UserErrors.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    A flag alone sets what is true or false, and the word none sets what may be None.
+    """
+
+    def __init__(self, cls: type[Settings], **kwargs: Any):
+        super().__init__(_groups(cls), **kwargs)
+        hints = get_type_hints(cls)
         for action in self._actions:
-            if action.type is string_to_bool:
-                action.nargs, action.const = "?", True
+            if action.dest in hints:
+                self._settle(action, hints[action.dest])
 
-    def error(self, message):
+    def _settle(self, action: Action, hint: Any) -> None:
+        for spelling in action.option_strings[1:]:
+            del self._option_string_actions[spelling]
+        del action.option_strings[1:]
+        if action.type is string_to_bool:
+            action.nargs, action.const, action.metavar = "?", True, "true|false"
+        elif not action.choices:
+            action.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
+        if NoneType in get_args(hint):
+            action.type = _or_none(action.type)
+
+    def error(self, message: str) -> NoReturn:
+        if "expected" in message and "argument" in message:
+            message += "; a value that begins with - is given as --setting=-value"
         raise UserError(f"{message[:1].lower()}{message[1:]}; --help lists every setting.")
 
 
-def _from_yaml(path: str, known: Sequence[str]) -> dict:
-    """The settings in a YAML file; a run.yaml's `record` of what happened is not a setting."""
+def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The conversion of a setting that may be None."""
+
+    def converted(word: str) -> Any:
+        return None if word.lower() == "none" else convert(word)
+
+    converted.__name__ = getattr(convert, "__name__", "value")  # argparse's messages say it
+    return converted
+
+
+def _groups(cls: type[Settings]) -> list[type]:
+    """The fields of a settings class as one dataclass for each group of --help, the essential ones first.
+
+    A group is a class in which fields were first declared; its docstring is the group's title.
+    """
+    titles = {
+        name: (owner.__doc__ or "").strip() if owner.__doc__ and len(owner.__doc__) < 20 else "Settings"
+        for owner in cls.__mro__  # the last one wins: where it was first declared
+        for name in owner.__dict__.get("__annotations__", {})
+    }
+    hints, groups = get_type_hints(cls), {"The essentials": []}
+    for item in fields(cls):
+        title = "The essentials" if item.metadata.get("essential") else titles[item.name]
+        groups.setdefault(title, []).append((item.name, hints[item.name], _for_argparse(item)))
+    return [
+        make_dataclass("Group", members, namespace={"_argument_group_name": title})
+        for title, members in groups.items()
+        if members
+    ]
+
+
+def _for_argparse(item: Field) -> Any:
+    """A field that HfArgumentParser takes. It gives no default, so that what nobody said can be told from what is."""
+    return field(default=None, metadata={"help": item.metadata["help"].replace("%", "%%")})
+
+
+def read_yaml(path: str | Path, known: Iterable[str], retired: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings in a YAML file; a run.yaml's `record` of what happened is not a setting.
+
+    Args:
+        retired: settings of earlier versions that say nothing any more.
+
+    Raises:
+        UserError: it cannot be read, or holds something else than known settings.
+    """
+    known = [*known]
     try:
         text = Path(path).read_text(encoding="utf-8")
         if len(text) > 2**16:  # PyYAML takes time that grows with the square of some texts' length
@@ -54,86 +158,165 @@ def _from_yaml(path: str, known: Sequence[str]) -> dict:
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold `setting: value` lines.")
-    values.pop("record", None)
+    for name in ("record", *retired):
+        values.pop(name, None)
     for key in values:
         if key not in known:
             raise UserError(f"{path} sets {key!r}, which is no setting{_hint(str(key), known)}")
         words = values[key] if isinstance(values[key], list) else [values[key]]
         if any(isinstance(word, (dict, list, set, tuple)) for word in words):
-            raise UserError(f"{path} gives {key} something else than a value or a list of values.")
+            raise UserError(f"{path} gives {key} neither a value nor a list of values.")
     return values
 
 
 def _hint(word: str, known: Sequence[str], prefix: str = "") -> str:
-    near = nearest(word, known)
+    """What a misspelt or another tool's name of a setting may have meant."""
+    meant = [name for name in OTHER_NAMES.get(word, []) if name in known]
+    near = meant[0] if meant else nearest(word, known)
     return f"; did you mean {prefix}{near}?" if near else "."
 
 
-def _as_words(values: Mapping) -> list[str]:
+def _as_words(values: Values) -> list[str]:
     """Settings as a command line, so that one parser checks them wherever they come from."""
     words = []
     for name, value in values.items():
         if isinstance(value, (list, tuple)):
             words += [f"--{name}", *map(str, value)] if value else []
-        elif value is not None:
-            words.append(f"--{name}={value}")
+        else:
+            words.append(f"--{name}={'none' if value is None else value}")
     return words
 
 
 def parse(
-    cls: type[T],
+    cls: type[S],
     description: str | None,
     argv: Sequence[str] | None = None,
-    defaults: Callable[[Mapping], Mapping] | Mapping = MappingProxyType({}),
-) -> T:
-    """Settings from, weakest first: the dataclass, `defaults`, the YAML file of --config, the command line.
+    defaults: Callable[[Values], Values] | Values = MappingProxyType({}),
+    check: Callable[[Values], None] = lambda said: None,
+    earlier: Callable[[Values], Values] = lambda values: {},
+) -> S:
+    """Settings from, weakest first: the class, `defaults`, an earlier run, the file of --config, the command line.
 
     Args:
-        cls: a dataclass of settings.
+        cls: the class of the settings.
         description: shown by --help.
         argv: the command line; sys.argv by default.
         defaults: a recipe's own defaults, or a function that chooses them by what the user has set.
+        check: called with what the user has set before `defaults`, which may take seconds.
+        earlier: the settings of the run that these settings go on with.
 
     Raises:
         UserError: an unknown setting (the message names the nearest one), or a value of the wrong type.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     known = [item.name for item in fields(cls)]
-    parser = OneSentenceParser(
+    parser = _Parser(
         cls,
         allow_abbrev=False,
         usage="%(prog)s [--SETTING VALUE …]",
         description=description,
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; a run.yaml is one")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of settings, for instance the run.yaml of a run"
+    )
 
-    def read(words: list[str]) -> dict:
+    def read(words: Sequence[str]) -> dict[str, Any]:
         namespace, unknown = parser.parse_known_args(words)
-        for word in unknown:
-            name = word.split("=")[0]
-            near = _hint(name.lstrip("-").replace("-", "_"), known, "--")
-            raise UserError(f"there is no setting {name}{near}")
-        return vars(namespace)
+        if unknown:
+            raise UserError(_what_is(unknown[0], known))
+        return {name: value for name, value in vars(namespace).items() if value is not UNSAID}
 
-    actual = {name: parser.get_default(name) for name in known}
-    parser.set_defaults(**dict.fromkeys(known))
-    without_help = [word for word in argv if word not in ("-h", "--help")]
-    said = {name: value for name, value in read(without_help).items() if value is not None}
-    from_file = _from_yaml(said.pop("config"), known) if "config" in said else {}
-    parser.set_defaults(**actual)
-    if callable(defaults):
-        defaults = defaults(from_file | said)
-    parser.set_defaults(**read(_as_words(defaults) + _as_words(from_file)))  # so that --help shows them
-    values = read(argv)
-    values.pop("config")
+    actual = {
+        item.name: item.default_factory() if callable(item.default_factory) else item.default
+        for item in fields(cls)
+    }
+    parser.set_defaults(**dict.fromkeys([*known, "config"], UNSAID))
+    said = read([word for word in argv if word not in ("-h", "--help")])
+    if "-h" in argv or "--help" in argv:
+        parser.set_defaults(**actual | {"config": None} | _shown(defaults))
+        parser.parse_args(["--help"])
+    from_file = read(_as_words(_from_config(said.pop("config"), cls))) if "config" in said else {}
+    asked = from_file | said
+    rivals = [name for name in RIVALS if asked.get(name) is not None]
+    if len([name for name in RIVALS if said.get(name) is not None]) > 1:
+        raise UserError(f"--{rivals[0]} and --{rivals[1]} exclude each other: give one of them.")
+    check(asked)
+    chosen = dict(defaults(asked) if callable(defaults) else defaults)
+    values = actual | read(_as_words(chosen))
+    values |= read(_as_words(earlier(values | asked))) | asked
+    if rivals:
+        decisive = next((name for name in rivals if name in said), rivals[0])
+        values |= dict.fromkeys((name for name in RIVALS if name in known and name != decisive), None)
     return cls(**values)
 
 
-def run_recipe(main: Callable[[], None]) -> None:
+def by_preset(table: Mapping[str, Values], choose: Callable[[Values], str]) -> Callable[[Values], Values]:
+    """A recipe's defaults by size.
+
+    Args:
+        table: the defaults of some sizes.
+        choose: of what the user has set, the size; one that is not in the table has the last one's defaults.
+    """
+
+    def defaults(said: Values) -> Values:
+        preset = choose(said)
+        return {"preset": preset} | table.get(preset, [*table.values()][-1])
+
+    defaults.table = table  # for --help, which does not look at the hardware
+    return defaults
+
+
+def _shown(defaults: Callable[[Values], Values] | Values) -> Values:
+    """The defaults as --help shows them."""
+    if not callable(defaults):
+        return defaults
+    table = getattr(defaults, "table", {})
+    names = dict.fromkeys(name for values in table.values() for name in values)
+    return {
+        name: ", ".join(f"{preset}: {values[name]}" for preset, values in table.items() if name in values)
+        for name in names
+    }
+
+
+def _underscored(word: str) -> str:
+    """--max-steps is --max_steps."""
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+
+
+def _what_is(word: str, known: Sequence[str]) -> str:
+    """The sentence that answers a word of the command line that is no setting."""
+    name = word.split("=")[0]
+    if name.startswith("--") and len(name) > 2:
+        return f"there is no setting {name}{_hint(name[2:], known, '--')}"
+    meant = next((setting for setting in ("corpus", "model") if setting in known), None)
+    return (
+        f"{word!r} stands alone{f'; did you mean --{meant} {word}?' if meant else ', without its setting.'}"
+    )
+
+
+def _from_config(path: str, cls: type[Settings]) -> dict[str, Any]:
+    """The settings in the file of --config. The run.yaml that lies in a run's folder repeats it in another folder."""
+    values = read_yaml(path, [item.name for item in fields(cls)], cls.RETIRED)
+    folder = values.get("output_dir")
+    if isinstance(folder, str) and Path(os.path.expanduser(folder)).resolve() == Path(path).resolve().parent:
+        values["output_dir"] = next_folder(folder)
+    return values
+
+
+def next_folder(folder: str) -> str:
+    """The first of FOLDER-2, FOLDER-3, … that does not exist."""
+    number = 2
+    while Path(os.path.expanduser(f"{folder}-{number}")).exists():
+        number += 1
+    return f"{folder}-{number}"
+
+
+def run_recipe(main: Callable[[], object]) -> None:
     """Run a recipe's main: a user's mistake ends in one sentence and exit status 2, a failure around it in 1.
 
-    NANOGPT_HF_DEBUG=1 shows the traceback too.
+    A bug keeps its traceback; NANOGPT_HF_DEBUG=1 shows it for the others too.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a model's Cyrillic prints under any locale
@@ -153,23 +336,31 @@ def run_recipe(main: Callable[[], None]) -> None:
 
 def _is_lost_process(error: BaseException) -> bool:
     """Whether a collective failed, which it does in all processes once one of them has ended."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or isinstance(error, UserError):
+        return False
     import torch
 
-    failed = (
-        isinstance(error, torch.distributed.DistError)
-        or isinstance(error, RuntimeError)
-        and "gloo" in str(error)
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
     )
-    return failed and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _answer(error: BaseException, lost: bool) -> tuple[str | None, int]:
     """What to say to an error and the exit status; nothing to say to one that is ours."""
     whole = "what was saved before this is whole"
+    if isinstance(error, UserError):
+        return str(error), 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted.", 130
     if lost:
         return f"another process of this run has ended, so this one ends too; {whole}.", 1
+    if isinstance(error, BrokenPipeError):
+        _close_stdout()
+        return "what read the output has ended before it was all written.", 141
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}: make room, and run the same again; {whole}.", 1
+    if isinstance(error, OSError):
+        return f"{error}; {whole}.", 1
     from accelerate.utils.memory import should_reduce_batch_size
 
     if isinstance(error, MemoryError) or should_reduce_batch_size(error):
@@ -178,8 +369,9 @@ def _answer(error: BaseException, lost: bool) -> tuple[str | None, int]:
             f"or --per_device_eval_batch_size if it came in evaluation; {whole}.",
             1,
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.strerror}: make room, and go on with --resume_from_checkpoint last; {whole}.", 1
-    if isinstance(error, OSError):
-        return f"{error}; {whole}.", 1
-    return (str(error), 2) if isinstance(error, UserError) else (None, 1)
+    return None, 1
+
+
+def _close_stdout() -> None:
+    """Nobody reads it any more; Python would complain of that again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

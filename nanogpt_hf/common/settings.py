@@ -1,52 +1,125 @@
-"""Every setting of a training run."""
+"""Every setting of a training run, in groups that runs are composed of.
 
+A settings object does not change: what a run has made of it is another object, by `dataclasses.replace`.
+"""
+
+import math
 import os
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from .errors import UserError
 from .text import without_home
 
+BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
 
-def setting(default, help: str):
-    """A dataclass field whose help text is shown by --help."""
+
+def setting(default: Any, help: str, *, essential: bool = False, **bounds: float) -> Any:
+    """A field of a settings class.
+
+    Args:
+        default: its value where nobody gives one.
+        help: what --help says of it.
+        essential: shown by --help before all others.
+        bounds: ge, gt, le and lt, as `check_bounds` checks them.
+    """
+    metadata = {"help": help, "essential": essential, "bounds": bounds}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-@dataclass
-class TrainingSettings:
-    """Settings of a run. Named as in transformers' TrainingArguments and GPT2Config wherever those have one."""
+def changed(group: type, name: str, default: Any, **metadata: Any) -> Any:
+    """A field of a group with another default, and another help where that is given."""
+    return field(default=default, metadata={**group.__dataclass_fields__[name].metadata, **metadata})
 
-    # Text
+
+@dataclass(frozen=True)
+class Settings:
+    """The base of all settings: values within their bounds, and a home folder written as ~ found.
+
+    Attributes:
+        RETIRED: settings that files of earlier versions hold and that say nothing any more.
+    """
+
+    RETIRED: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            check_bounds(item.name, value, item.metadata.get("bounds", {}))
+            if isinstance(value, str) and value.startswith("~"):
+                object.__setattr__(self, item.name, os.path.expanduser(value))
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the named settings that are not None."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def check_bounds(name: str, value: Any, bounds: dict[str, float]) -> None:
+    """Raises UserError where a number is not within its bounds; a number that is not finite never is."""
+    if not bounds or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    within = {
+        "ge": lambda bound: value >= bound,
+        "gt": lambda bound: value > bound,
+        "le": lambda bound: value <= bound,
+        "lt": lambda bound: value < bound,
+    }
+    if not math.isfinite(value) or not all(within[kind](bound) for kind, bound in bounds.items()):
+        wanted = " and ".join(BOUNDS[kind].format(bound) for kind, bound in bounds.items())
+        raise UserError(f"--{name} is {value}, it must be {wanted}.")
+
+
+def exclude(settings: Settings, first: str, second: str) -> None:
+    """Raises UserError where both settings are given."""
+    if getattr(settings, first) and getattr(settings, second):
+        raise UserError(f"--{first} and --{second} exclude each other: give one of them.")
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """Text"""
+
     corpus: str = setting(
-        "tiny_shakespeare", "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset"
+        "tiny_shakespeare",
+        "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset",
+        essential=True,
     )
     text_column: str = setting("text", "column of a .jsonl, .parquet or Hub dataset that holds the text")
-    validation_split_percentage: int = setting(10, "percent of the text, at its end, kept for validation")
+    validation_split_percentage: int = setting(
+        10, "percent of the text that is kept for validation", ge=1, le=99
+    )
     document_end: str | None = setting(
         None, "regular expression: a document ends after each match, so that a model learns where to stop"
     )
-    tokenizer: str = setting("char", "char or bpe (trained on the corpus), a tokenizer's folder, or a Hub id")
-    vocab_size: int = setting(1024, "tokens of a bpe tokenizer trained here")
-    pad_to_multiple_of: int = setting(64, "round the model's vocabulary up to a multiple of this")
 
-    # Model
-    model_name_or_path: str | None = setting(
-        None, "start from this checkpoint (folder or Hub id), its tokenizer included"
+
+@dataclass(frozen=True)
+class TokenizerSettings(DataSettings):
+    """Tokenizer"""
+
+    tokenizer: str = setting(
+        "char", "char or bpe (trained on the corpus), a tokenizer's folder, or a Hub id", essential=True
     )
-    preset: str | None = setting(None, "named size: cpu, baby, gpt2 … gpt2-xl, gpt3-small … gpt3-175b")
-    architecture: Literal["gpt2", "modern"] | None = setting(None, "gpt2: GPT-2's block; modern: Qwen3's")
-    n_layer: int | None = setting(None, "blocks")
-    n_head: int | None = setting(None, "attention heads")
-    n_embd: int | None = setting(None, "width, in channels")
-    n_inner: int | None = setting(None, "width of the MLP's hidden layer")
-    n_positions: int | None = setting(None, "context length, in tokens")
-    dropout: float | None = setting(None, "sets resid_pdrop, embd_pdrop and attn_pdrop together")
-    resid_pdrop: float | None = setting(None, "dropout at the end of every residual branch")
-    embd_pdrop: float | None = setting(None, "dropout after the embeddings")
-    attn_pdrop: float | None = setting(None, "dropout of the attention weights")
+    vocab_size: int = setting(1024, "tokens of a bpe tokenizer trained here", ge=1)
+    pad_to_multiple_of: int = setting(64, "round the model's vocabulary up to a multiple of this", ge=1)
+
+
+@dataclass(frozen=True)
+class BaseSettings(Settings):
+    """Model"""
+
+    model_name_or_path: str | None = setting(
+        None, "start from this checkpoint (folder or Hub id), with its tokenizer", essential=True
+    )
+    n_positions: int | None = setting(None, "context length, in tokens", ge=1)
+    dropout: float | None = setting(None, "sets resid_pdrop, embd_pdrop and attn_pdrop together", ge=0, lt=1)
+    resid_pdrop: float | None = setting(None, "dropout at the end of every residual branch", ge=0, lt=1)
+    embd_pdrop: float | None = setting(None, "dropout after the embeddings", ge=0, lt=1)
+    attn_pdrop: float | None = setting(None, "dropout of the attention weights", ge=0, lt=1)
     attn_implementation: Literal["sdpa", "eager"] = setting(
         "sdpa", "attention kernel: torch's fused one, or plain matmuls"
     )
@@ -54,53 +127,92 @@ class TrainingSettings:
         False, "recompute activations in the backward pass: less memory, slower"
     )
 
-    # Run folder
-    output_dir: str | None = setting(None, "run folder; default runs/CORPUS-TOKENIZER")
+    def dropouts(self) -> dict[str, float]:
+        """The model's three dropouts, as far as they are given."""
+        names = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+        together = {} if self.dropout is None else dict.fromkeys(names, self.dropout)
+        return together | self.given(*names)
+
+
+@dataclass(frozen=True)
+class ModelSettings(BaseSettings):
+    """Model"""
+
+    preset: str | None = setting(
+        None, "named size: cpu, baby, gpt2 … gpt2-xl, gpt3-small … gpt3-175b", essential=True
+    )
+    architecture: Literal["gpt2", "qwen3", "modern"] | None = setting(
+        None, "gpt2: GPT-2's block; qwen3: Qwen3's (modern is its old name)"
+    )
+    n_layer: int | None = setting(None, "blocks", ge=1)
+    n_head: int | None = setting(None, "attention heads", ge=1)
+    n_embd: int | None = setting(None, "width, in channels", ge=1)
+    n_inner: int | None = setting(None, "width of the MLP's hidden layer", ge=1)
+
+
+@dataclass(frozen=True)
+class LengthSettings(Settings):
+    """Run"""
+
+    output_dir: str | None = setting(None, "run folder; default runs/CORPUS-TOKENIZER", essential=True)
     overwrite_output_dir: bool = setting(False, "replace the run that is in the folder")
     resume_from_checkpoint: str | None = setting(
-        None, "'last', or a checkpoint folder: go on from there, exactly"
+        None, "'last', or a checkpoint folder: go on from there, exactly", essential=True
     )
-
-    # Length and batches
-    max_steps: int = setting(2000, "optimiser steps")
-    max_minutes: float | None = setting(None, "stop after this many minutes, with a checkpoint")
-    per_device_train_batch_size: int = setting(32, "sequences a device and micro-batch")
-    gradient_accumulation_steps: int = setting(1, "micro-batches a step")
+    max_steps: int | None = setting(2000, "optimiser steps", essential=True, ge=1)
+    num_train_epochs: float | None = setting(
+        None, "passes over the training split, instead of max_steps", gt=0
+    )
+    max_minutes: float | None = setting(None, "stop after this many minutes, with a checkpoint", gt=0)
+    per_device_train_batch_size: int = setting(32, "sequences per device and micro-batch", ge=1)
+    gradient_accumulation_steps: int = setting(1, "micro-batches per step", ge=1)
     per_device_eval_batch_size: int = setting(
-        64, "sequences a device in evaluation, fewer where the vocabulary is large; does not change the loss"
+        64,
+        "sequences per device in evaluation, fewer where the vocabulary is large; does not change the loss",
+        ge=1,
     )
+    logging_steps: int = setting(10, "steps between two lines of metrics.jsonl", ge=1)
+    eval_steps: int = setting(250, "steps between two evaluations of the whole validation split", ge=1)
+    eval_on_start: bool = setting(False, "evaluate before the first step too")
+    save_steps: int = setting(500, "steps between two checkpoints", ge=1)
+    save_total_limit: int = setting(2, "checkpoints kept (the best model is kept beside them)", ge=1)
+    early_stopping_patience: int | None = setting(
+        None, "stop after this many evaluations without a better loss", ge=1
+    )
+    seed: int = setting(1337, "decides initial weights, order of the batches and dropout", ge=0, lt=2**32)
 
-    # Optimiser
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        exclude(self, "resume_from_checkpoint", "overwrite_output_dir")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(Settings):
+    """Optimiser"""
+
     optim: Literal["adamw", "muon"] = setting(
         "adamw", "muon: Muon for the blocks' matrices, AdamW for the rest"
     )
-    learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
-    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon")
-    muon_momentum: float = setting(0.95, "momentum of Muon; less suits runs of few steps")
-    weight_decay: float = setting(0.1, "decay of matrices (norms and biases have none)")
-    adam_beta1: float = setting(0.9, "decay of AdamW's first moment")
-    adam_beta2: float = setting(0.99, "decay of AdamW's second moment")
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0 does not clip")
+    learning_rate: float = setting(1e-3, "peak learning rate of AdamW", ge=0)
+    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", ge=0)
+    muon_momentum: float = setting(0.95, "momentum of Muon; runs of few steps want less", ge=0, lt=1)
+    weight_decay: float = setting(0.1, "decay of matrices (norms and biases have none)", ge=0)
+    adam_beta1: float = setting(0.9, "decay of AdamW's first moment", ge=0, lt=1)
+    adam_beta2: float = setting(0.99, "decay of AdamW's second moment", ge=0, lt=1)
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", ge=0)
+    max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0 does not clip", ge=0)
     lr_scheduler_type: str = setting(
         "linear", "schedule after warm-up, as transformers names it (linear: to zero)"
     )
-    warmup_steps: int = setting(100, "steps of linear warm-up")
+    warmup_steps: int = setting(100, "steps of linear warm-up, at most half of the run", ge=0)
 
-    # Rhythm
-    logging_steps: int = setting(10, "steps between two lines of metrics.jsonl")
-    eval_steps: int = setting(250, "steps between two evaluations of the whole validation split")
-    eval_on_start: bool = setting(False, "evaluate before the first step too")
-    save_steps: int = setting(500, "steps between two checkpoints")
-    save_total_limit: int = setting(2, "checkpoints kept (the best model is kept beside them)")
-    early_stopping_patience: int | None = setting(
-        None, "stop after so many evaluations without a better loss"
-    )
-    seed: int = setting(1337, "decides initial weights, order of the batches and dropout")
 
-    # Hardware
+@dataclass(frozen=True)
+class HardwareSettings(Settings):
+    """Hardware"""
+
     use_cpu: bool = setting(False, "do not use a GPU")
-    bf16: bool | None = setting(None, "bfloat16 autocast; default: where the GPU has it")
+    bf16: bool | None = setting(None, "bfloat16 autocast; default: where the hardware is faster in it")
     fp16: bool = setting(False, "float16 autocast, for GPUs without bfloat16")
     torch_compile: bool | None = setting(None, "compile the model; default: on CUDA")
     torch_compile_backend: str = setting("inductor", "backend of torch.compile")
@@ -108,7 +220,15 @@ class TrainingSettings:
         False, "out of memory: halve the micro-batch and double the accumulation"
     )
 
-    # Sharing
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        exclude(self, "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class SharingSettings(Settings):
+    """Sharing"""
+
     report_to: list[str] = setting([], "trackers: trackio, tensorboard, wandb, … (what accelerate knows)")
     push_to_hub: bool = setting(False, "upload the run's best model when training has ended")
     hub_model_id: str | None = setting(
@@ -117,103 +237,28 @@ class TrainingSettings:
     hub_private_repo: bool = setting(False, "make the Hub repository private")
     hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt"] = setting("auto", "checkpoint format on the Hub")
 
-    def __post_init__(self):
-        for name in (
-            "n_positions vocab_size pad_to_multiple_of max_steps per_device_train_batch_size gradient_accumulation_steps "
-            "per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit"
-        ).split():
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
-        for name in (
-            "warmup_steps",
-            "max_grad_norm",
-            "weight_decay",
-            "learning_rate",
-            "muon_learning_rate",
-            "seed",
-        ):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must not be negative.")
-        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 0 and less than 1.")
-        if self.seed >= 2**32:
-            raise UserError(f"--seed is {self.seed}, it must be less than {2**32}.")
-        for name in ("max_minutes", "early_stopping_patience"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
-        for name in ("output_dir", "resume_from_checkpoint", "tokenizer", "model_name_or_path"):
-            if str(getattr(self, name)).startswith("~"):
-                setattr(self, name, os.path.expanduser(getattr(self, name)))
-        if self.bf16 and self.fp16:
-            raise UserError("--bf16 and --fp16 exclude each other: give one of them.")
-        if self.resume_from_checkpoint and self.overwrite_output_dir:
-            raise UserError(
-                "--resume_from_checkpoint and --overwrite_output_dir exclude each other: give one."
-            )
 
-    def given(self, *names: str) -> dict:
-        """Those of the named settings that are not None."""
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+@dataclass(frozen=True)
+class AdapterSettings(Settings):
+    """Adapter"""
 
-
-@dataclass
-class FinetuningSettings(TrainingSettings):
-    """Settings of fine-tuning: a run's, and those of the adapter, named as in peft's LoraConfig."""
-
-    corpus: str = setting(
-        "tiny_pushkin", "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset"
-    )
-    model_name_or_path: str | None = setting(
-        "openai-community/gpt2", "the base: any GPT-2-style checkpoint or one of ours, folder or Hub id"
-    )
-    output_dir: str | None = setting(None, "run folder; default runs/CORPUS-BASE-lora")
-    n_positions: int | None = setting(None, "context to train with, in tokens; default: the base's")
-    num_train_epochs: float = setting(3.0, "passes over the training split")
-    max_steps: int | None = setting(None, "optimiser steps, instead of num_train_epochs")
-    per_device_train_batch_size: int = setting(8, "sequences a device and micro-batch")
-    learning_rate: float = setting(
-        2e-3, "peak learning rate of AdamW; small bases bear more, --full bears less"
-    )
-    weight_decay: float = setting(0.0, "decay of matrices (norms and biases have none)")
-    warmup_steps: int = setting(20, "steps of linear warm-up")
-    eval_steps: int = setting(50, "steps between two evaluations of the whole validation split")
-    eval_on_start: bool = setting(True, "evaluate before the first step too")
-    save_steps: int = setting(100, "steps between two checkpoints")
-    early_stopping_patience: int | None = setting(5, "stop after so many evaluations without a better loss")
-    tokenizer: str = setting("", "not used: the base brings its own")
-
-    # What trains
-    full: bool = setting(False, "train all weights instead of an adapter")
-    lora_r: int = setting(16, "rank of the adapter")
-    lora_alpha: float = setting(32, "the adapter counts lora_alpha / lora_r times")
-    lora_dropout: float = setting(0.0, "dropout before the adapter")
+    full: bool = setting(False, "train all weights instead of an adapter", essential=True)
+    lora_r: int = setting(16, "rank of the adapter", ge=1)
+    lora_alpha: float = setting(32, "the adapter's output is scaled by lora_alpha / lora_r", gt=0)
+    lora_dropout: float = setting(0.0, "dropout before the adapter", ge=0, lt=1)
     target_modules: list[str] = setting(["all"], "what is adapted: attention, mlp, all, or names of modules")
     use_dora: bool = setting(False, "DoRA: train the length of the weights apart from their direction")
-    use_rslora: bool = setting(False, "rsLoRA: the adapter counts lora_alpha / sqrt(lora_r) times")
-    extend_vocabulary: int = setting(0, "add so many subwords of the corpus to the base's tokenizer")
+    use_rslora: bool = setting(False, "rsLoRA: scale by lora_alpha / sqrt(lora_r) instead")
+    extend_vocabulary: int = setting(0, "add this many subwords of the corpus to the base's tokenizer", ge=0)
     load_in_4bit: bool = setting(False, "keep the base in 4 bits (bitsandbytes, CUDA)")
     load_in_8bit: bool = setting(False, "keep the base in 8 bits (bitsandbytes, CUDA)")
     merge: bool = setting(
         False, "at the end, write OUTPUT_DIR/merged: a plain checkpoint, and push that instead of the adapter"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("lora_r", 1), ("extend_vocabulary", 0), ("lora_dropout", 0)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least {least}.")
-        for name in ("num_train_epochs", "lora_alpha"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
-        if self.lora_dropout >= 1:
-            raise UserError(f"--lora_dropout is {self.lora_dropout}, it must be less than 1.")
-        if not self.model_name_or_path:
-            raise UserError("--model_name_or_path is missing: give the base, a folder or a Hub id.")
-        fixed = self.given(*"preset architecture n_layer n_head n_embd n_inner".split())
-        if fixed or self.tokenizer:
-            name = next(iter(fixed), "tokenizer")
-            raise UserError(f"--{name} is set, but the base of a fine-tuning brings its own: leave it out.")
+        exclude(self, "load_in_4bit", "load_in_8bit")
         if self.full and (self.load_in_4bit or self.load_in_8bit):
             raise UserError(
                 "--full trains all weights, which --load_in_4bit and --load_in_8bit freeze: give one."
@@ -223,11 +268,69 @@ class FinetuningSettings(TrainingSettings):
                 "--merge puts an adapter into its base, and --full trains none: leave it out, and give the run to "
                 "recipes/share.py for a plain checkpoint."
             )
-        if self.load_in_4bit and self.load_in_8bit:
-            raise UserError("--load_in_4bit and --load_in_8bit exclude each other: give one of them.")
 
 
-def public_values(settings) -> dict:
+@dataclass(frozen=True)
+class RunSettings(
+    SharingSettings, HardwareSettings, OptimizerSettings, LengthSettings, BaseSettings, DataSettings
+):
+    """What every run has. Named as in transformers' TrainingArguments and GPT2Config wherever those have one."""
+
+    def folder(self) -> str:
+        """The run folder, output_dir or the default."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrainingSettings(RunSettings, ModelSettings, TokenizerSettings):
+    """Settings of pretraining."""
+
+    def folder(self) -> str:
+        return self.output_dir or default_folder(self.corpus, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class FinetuningSettings(AdapterSettings, RunSettings):
+    """Settings of fine-tuning: a run's, and those of the adapter, named as in peft's LoraConfig."""
+
+    RETIRED = (
+        *("tokenizer", "vocab_size", "pad_to_multiple_of", "preset", "architecture"),
+        *("n_layer", "n_head", "n_embd", "n_inner"),
+    )
+
+    corpus: str = changed(DataSettings, "corpus", "tiny_pushkin")
+    model_name_or_path: str | None = changed(
+        BaseSettings, "model_name_or_path", "openai-community/gpt2", help="the base, a folder or a Hub id"
+    )
+    num_train_epochs: float | None = changed(LengthSettings, "num_train_epochs", 3.0)
+    max_steps: int | None = changed(LengthSettings, "max_steps", None)
+    per_device_train_batch_size: int = changed(LengthSettings, "per_device_train_batch_size", 8)
+    learning_rate: float = changed(OptimizerSettings, "learning_rate", 2e-3)
+    weight_decay: float = changed(OptimizerSettings, "weight_decay", 0.0)
+    warmup_steps: int = changed(OptimizerSettings, "warmup_steps", 20)
+    eval_steps: int = changed(LengthSettings, "eval_steps", 50)
+    eval_on_start: bool = changed(LengthSettings, "eval_on_start", True)
+    save_steps: int = changed(LengthSettings, "save_steps", 100)
+    early_stopping_patience: int | None = changed(LengthSettings, "early_stopping_patience", 5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model_name_or_path:
+            raise UserError("--model_name_or_path is missing: give the base, a folder or a Hub id.")
+
+    def folder(self) -> str:
+        kind = "full" if self.full else "lora"
+        return self.output_dir or default_folder(self.corpus, self.model_name_or_path or "", kind)
+
+
+def default_folder(corpus: str, *parts: str) -> str:
+    """Where a run goes that was given no folder: runs/CORPUS-PART-…"""
+    plain = [part for part in Path(corpus).parts if not set("*?[/") & set(part)]
+    names = [Path(plain[-1]).stem if plain else "corpus", *(Path(part).name for part in parts)]
+    return str(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(names)))
+
+
+def public_values(settings: Settings) -> dict[str, Any]:
     """All settings as they may be stored and shown: no path of the user's home."""
     values = asdict(settings)
     return {name: without_home(value) if isinstance(value, str) else value for name, value in values.items()}

@@ -47,12 +47,15 @@ class Corpus:
         return sum(map(len, getattr(self, split)))
 
 
+AnyCorpus = Corpus | ShardedCorpus
+
+
 def load_corpus(
     corpus: str,
     validation_split_percentage: int = 10,
     text_column: str = "text",
     document_end: str | None = None,
-) -> Corpus | ShardedCorpus:
+) -> AnyCorpus:
     """Read a named corpus, a file, folder or glob (.txt, .jsonl, .parquet), or a Hub id "org/name:config".
 
     Named corpora are looked for in `$NANOGPT_HF_DATA`, then in the cache, then downloaded; tiny_shakespeare

@@ -7,13 +7,13 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors
 
 from ..common.errors import UserError
+from ..common.paths import nearest_path
 from ..common.text import first_line, nearest
 from .named_corpora import NAMES, named_text
 
@@ -49,17 +49,27 @@ def open_source(corpus: str, text_column: str = "text") -> Source:
         return _files(corpus, path, "**/*", text_column)
     if corpus and os.path.exists(path):
         return _source_of({"train": [path]}, text_column)
-    is_pattern = [any(sign in part for sign in "*?[") for part in path.parts]
+    is_pattern = [_is_pattern(part) for part in path.parts]
     if any(is_pattern):
         first = is_pattern.index(True)
         return _files(corpus, Path(*path.parts[:first]), "/".join(path.parts[first:]), text_column)
+    check_corpus(corpus)
+    return _hub(corpus, text_column)
+
+
+def _is_pattern(part: str) -> bool:
+    return any(sign in part for sign in "*?[")
+
+
+def check_corpus(corpus: str) -> None:
+    """Raises UserError where a name is no named corpus, nothing on the disk, and not what a Hub id looks like."""
+    path = os.path.expanduser(corpus)
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", corpus, re.ASCII)
-    if is_id and not corpus.lower().endswith(_NEVER_A_HUB_ID):
-        return _hub(corpus, text_column)
-    beside = []
-    with suppress(OSError, ValueError):
-        beside = [str(path.with_name(name)) for name in os.listdir(path.parent)]
-    near = nearest(str(path), [*NAMES, *beside])
+    if corpus in NAMES or corpus and os.path.exists(path) or _is_pattern(path):
+        return
+    if is_id and not corpus.lower().endswith(_NEVER_A_HUB_ID) and not os.path.exists(corpus.split("/")[0]):
+        return
+    near = nearest(corpus, NAMES) or nearest_path(path)
     hint = f"did you mean {near}?" if near else f"named corpora are {' and '.join(NAMES)}."
     raise UserError(f"Corpus {corpus!r} is not found as a file, folder, glob or Hub dataset id; {hint}")
 

@@ -80,15 +80,22 @@ class TokenStream:
         ids: the ids, one dimension; what is memory-mapped is read window by window.
         block_size: T.
         device: where batches go.
+        name: what the text is called, for the message of the error.
 
     Raises:
         UserError: fewer than T + 1 tokens.
     """
 
-    def __init__(self, ids: np.ndarray | MappedIds, block_size: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        ids: np.ndarray | MappedIds,
+        block_size: int,
+        device: torch.device | str = "cpu",
+        name: str = "the text",
+    ):
         if len(ids) < block_size + 1:
             raise UserError(
-                f"the text has {len(ids)} tokens, but one block takes {block_size + 1} (the context length and one "
+                f"{name} has {len(ids)} tokens to train on, but one block takes {block_size + 1} (the context length and one "
                 "more): give a longer text or a smaller --n_positions."
             )
         self.block_size = block_size

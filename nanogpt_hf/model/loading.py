@@ -5,7 +5,6 @@ code: remote code is refused, and so are weights in pickles.
 """
 
 import os
-import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from ..common.errors import UserError
+from ..common.paths import check_model_name
 from ..common.text import first_line
 from ..data.tokenization import load_tokenizer
 from .configuration_nanogpt import NanoGPTConfig
@@ -44,7 +44,7 @@ def load_model_and_tokenizer(
         UserError: there is no such model, it is not a causal language model, it needs code of its own, its
             files do not belong together, or the tokenizer has ids that the model does not embed.
     """
-    check_name(name_or_path)
+    check_model_name(name_or_path)
     name = os.path.expanduser(name_or_path)
     if find_file(name, "adapter_config.json") is None:
         model = _load_model(name, dtype)
@@ -84,15 +84,6 @@ def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple
             f"the adapter {name} cannot be put on its base model: {first_line(error)}."
         ) from error
     return adapted, tokenizer
-
-
-def check_name(name_or_path: str) -> None:
-    """Raises UserError where a name is neither a folder nor what a Hub id looks like."""
-    name = os.path.expanduser(name_or_path)
-    if os.path.isfile(name):
-        raise UserError(f"{name} is a file: give the folder that it lies in.")
-    if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
-        raise UserError(f"there is no folder {name!r}: give one with a saved model, or a Hub id.")
 
 
 def find_file(name: str, file: str) -> str | None:

@@ -6,7 +6,6 @@ transformers and its safetensors.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -309,7 +308,6 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
-        loss_from_hidden_states: Callable[..., torch.Tensor] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B T V), and the loss in nats when there are labels.
@@ -320,8 +318,6 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many positions only; 0 means all.
             num_items_in_batch: divide the summed loss by this many tokens instead of by this batch's own, so
                 that the losses of accumulated micro-batches add up to the loss of the whole batch.
-            loss_from_hidden_states: takes the last hidden states (B T C), the head (V C), shift_labels and
-                num_items_in_batch, and gives the loss without the logits, which the output then lacks.
         """
         output = self.transformer(
             input_ids=input_ids,
@@ -332,11 +328,6 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        if loss_from_hidden_states is not None:
-            loss = loss_from_hidden_states(
-                output.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch
-            )
-            return CausalLMOutputWithPast(loss=loss)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None

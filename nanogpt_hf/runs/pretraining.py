@@ -1,66 +1,39 @@
 """Pretraining: a tokenizer and a new model, or one that goes on, and the way of every run."""
 
 import math
-from collections.abc import Mapping, Callable
 
 from transformers import PreTrainedTokenizerFast
 
-from ..common.cli import parse
-from ..common.errors import UserError
 from ..common.settings import TrainingSettings
-from ..data.corpora import Corpus
+from ..data.corpora import AnyCorpus
 from ..model import NanoGPTForCausalLM
 from ..model.loading import check_vocabulary, load_native, make_config, suppress_padding
 from ..training.checkpoints import Progress
-from ..training.hardware import choose_defaults, device_type
-from .run import carry_out, default_folder
+from ..training.loop import train
+from .run import describe, finish, language_modeling, make_ready, resolve, start
 
 SIZES = "architecture n_layer n_head n_embd n_inner n_positions".split()
 
 
-def pretrain(settings: TrainingSettings, reason: str | None = None) -> Progress:
+def pretrain(settings: TrainingSettings) -> Progress:
     """Everything from settings to a finished run folder, with a new model or one that goes on.
-
-    Args:
-        reason: why a recipe chose the size it did, for the first screen.
 
     Raises:
         UserError: for a user's mistake, before anything is written.
     """
-    settings.output_dir = settings.output_dir or default_folder(settings)
-    size = [f"size       {reason}"] if reason else []
-    return carry_out(settings, lambda corpus: (*make_tokenizer_and_model(settings, corpus), size))
-
-
-def pretrain_from_command_line(
-    description: str | None, by_preset: Mapping[str, Mapping] | Callable[[Mapping], Mapping]
-) -> Progress:
-    """`pretrain` with the settings of the command line, and a recipe's defaults for the hardware.
-
-    Args:
-        description: the recipe's docstring, for --help.
-        by_preset: the recipe's defaults by size, as `choose_defaults` takes them, or what makes them of what is said.
-    """
-    asked = {}
-
-    def defaults(said: Mapping) -> Mapping:
-        asked.update(said)
-        return (by_preset if callable(by_preset) else choose_defaults(by_preset))(said)
-
-    settings = parse(TrainingSettings, description, defaults=defaults)
-    found = "no GPU is used" if device_type(settings.use_cpu) == "cpu" else "a GPU was found"
-    why = "as asked" if "preset" in asked else f"because {found} (--preset takes another)"
-    return pretrain(settings, f"preset {settings.preset}, {why}")
-
-
-def given_dropouts(settings: TrainingSettings) -> dict[str, float]:
-    names = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-    together = {} if settings.dropout is None else dict.fromkeys(names, settings.dropout)
-    return together | settings.given(*names)
+    accelerator, corpus = start(settings)
+    tokenizer, model = make_tokenizer_and_model(settings, corpus)
+    settings = resolve(settings, accelerator, corpus, tokenizer, model)
+    make_ready(settings, model)
+    objective = language_modeling(accelerator, settings, corpus, tokenizer)
+    describe(accelerator, settings, corpus, tokenizer, model)
+    progress = train(accelerator, settings, corpus, tokenizer, model, objective)
+    finish(accelerator, settings, corpus, tokenizer, progress)
+    return progress
 
 
 def make_tokenizer_and_model(
-    settings: TrainingSettings, corpus: Corpus
+    settings: TrainingSettings, corpus: AnyCorpus
 ) -> tuple[PreTrainedTokenizerFast, NanoGPTForCausalLM]:
     """A new model, or the one of --model_name_or_path with its own tokenizer.
 
@@ -70,7 +43,7 @@ def make_tokenizer_and_model(
     base = settings.model_name_or_path
     tokenizer = corpus.make_tokenizer(base or settings.tokenizer, settings.vocab_size)
     if base:
-        model = load_native(base, **given_dropouts(settings))
+        model = load_native(base, **settings.dropouts())
     else:
         vocab_size = math.ceil(len(tokenizer) / settings.pad_to_multiple_of) * settings.pad_to_multiple_of
         end = tokenizer.eos_token_id
@@ -80,7 +53,7 @@ def make_tokenizer_and_model(
             "eos_token_id": end,
             "pad_token_id": end,
         }
-        fields |= settings.given(*SIZES) | given_dropouts(settings)
+        fields |= settings.given(*SIZES) | settings.dropouts()
         model = NanoGPTForCausalLM(make_config(settings.preset, **fields))
     check_vocabulary(tokenizer, model)
     settle_generation(tokenizer, model, corpus, new=not base)
@@ -88,7 +61,7 @@ def make_tokenizer_and_model(
 
 
 def settle_generation(
-    tokenizer: PreTrainedTokenizerFast, model: NanoGPTForCausalLM, corpus: Corpus, new: bool
+    tokenizer: PreTrainedTokenizerFast, model: NanoGPTForCausalLM, corpus: AnyCorpus, new: bool
 ) -> None:
     """How the model will generate, saved with it.
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
@@ -10,7 +10,7 @@ from accelerate.utils import ProjectConfiguration
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..common.errors import UserError
-from ..common.settings import TrainingSettings
+from ..common.settings import RunSettings
 
 SETTLE_SECONDS = 0.5  # a hundred of the 5 ms after which Python's lock changes hands
 
@@ -24,7 +24,7 @@ def device_type(use_cpu: bool = False) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def make_accelerator(settings: TrainingSettings) -> Accelerator:
+def make_accelerator(settings: RunSettings) -> Accelerator:
     """An Accelerator for the processes and devices of this launch.
 
     Raises:
@@ -47,9 +47,6 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     if device == "cpu":
         use_all_cores()
     plugin = shard_parameters("bf16" if bf16 else "no") if sharded else None
-    if plugin is not None and plugin.activation_checkpointing:
-        # transformers' own: the wrapper of accelerate (1.15) draws other dropout when it recomputes.
-        plugin.activation_checkpointing, settings.gradient_checkpointing = False, True
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision="fp16" if settings.fp16 else "bf16" if bf16 else "no",
@@ -90,6 +87,11 @@ def check_launch(device: str, environment: Mapping[str, str], use_cpu: bool = Fa
         )
 
 
+def asks_for_checkpointing() -> bool:
+    """Whether the launch settings ask for activation checkpointing."""
+    return _is_on(os.environ, "ACCELERATE_USE_FSDP") and _is_on(os.environ, "FSDP_ACTIVATION_CHECKPOINTING")
+
+
 def shard_parameters(precision: str) -> FullyShardedDataParallelPlugin:
     """FSDP2 as the launch settings describe it, with a precision of ours.
 
@@ -108,6 +110,8 @@ def shard_parameters(precision: str) -> FullyShardedDataParallelPlugin:
         )
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
+        # transformers' own instead: the wrapper of accelerate (1.15) draws other dropout when it recomputes.
+        activation_checkpointing=False,
         mixed_precision_policy=MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if precision == "bf16" else None,
             reduce_dtype=torch.float32,
@@ -154,18 +158,3 @@ def describe_device(accelerator: Accelerator) -> str:
     count = accelerator.num_processes
     precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
     return f"{name}{f' x {count} processes' if count > 1 else ''}, {precision}"
-
-
-def choose_defaults(by_preset: Mapping[str, Mapping]) -> Callable[[Mapping], Mapping]:
-    """A recipe's defaults for the size that suits the hardware, as `parse` takes them.
-
-    Args:
-        by_preset: defaults of the presets `cpu` (taken without a GPU) and `baby` (with one, and for all others).
-    """
-
-    def defaults(said: Mapping) -> Mapping:
-        without_gpu = device_type(bool(said.get("use_cpu"))) == "cpu"
-        preset = said.get("preset") or ("cpu" if without_gpu else "baby")
-        return {"preset": preset} | by_preset.get(preset, by_preset["baby"])
-
-    return defaults

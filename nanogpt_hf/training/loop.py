@@ -5,42 +5,43 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.files import files_written_whole
-from ..common.settings import TrainingSettings
-from ..data.corpora import Corpus
-from ..data.token_stream import TokenStream
+from ..common.settings import RunSettings
+from ..data.corpora import AnyCorpus
 from .checkpoints import Progress, load_checkpoint, prune, save_checkpoint, save_model
-from .evaluation import evaluate_split, validation_stream
 from .hardware import settle
 from .interruption import Interruption
-from .optimization import make_optimizers, make_schedule
+from .objectives import Objective
+from .optimization import learning_rates, make_optimizers, make_schedule
 from .reporting import RunLog, not_finite, say
 from .run_folder import find_start, identity_of, note_evaluation, open_run_folder
-from .stepping import Stepper, global_batch_size
+from .stepping import Stepper
 
 
 def train(
     accelerator: Accelerator,
-    settings: TrainingSettings,
-    corpus: Corpus,
+    settings: RunSettings,
+    corpus: AnyCorpus,
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
+    objective: Objective,
 ) -> Progress:
-    """Train the model on the corpus and leave a run folder with the best of it, by validation loss.
+    """Train the model and leave a run folder with the best of it, by validation loss.
+
+    Args:
+        settings: resolved, so that they say what the run will do.
+        corpus: what run.yaml says of the text.
 
     Raises:
         UserError: settings, corpus, folder and hardware do not fit together, or the loss was not finite.
         SystemExit: 128 + the signal's number, after SIGTERM or SIGINT, once a checkpoint is written.
     """
-    T = settings.n_positions or model.config.max_position_embeddings
-    train_stream = TokenStream(corpus.ids("train", tokenizer), T, accelerator.device)
-    eval_stream = validation_stream(tokenizer, corpus, T, accelerator.device)
-    tokens_per_step = global_batch_size(settings, accelerator) * T
     rate_factor = make_schedule(settings)
-    identity = identity_of(settings, corpus, tokenizer, model, tokens_per_step)
+    identity = identity_of(settings, corpus, tokenizer, model, objective.tokens_per_step)
     progress, checkpoint = find_start(accelerator, settings, identity)
 
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
@@ -53,11 +54,11 @@ def train(
     if accelerator.is_main_process:
         open_run_folder(settings, corpus, tokenizer, identity, fresh=checkpoint is None)
     accelerator.wait_for_everyone()
-    take_step = Stepper(accelerator, settings, model, optimizers, train_stream, rate_factor)
-    log = RunLog(accelerator, settings, tokens_per_step, progress)
+    take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor)
+    log = RunLog(accelerator, settings, objective.tokens_per_step, progress)
 
     def evaluate() -> dict[str, float]:
-        return keep_if_best(accelerator, settings, corpus, tokenizer, model, eval_stream, progress)
+        return keep_if_best(accelerator, settings, tokenizer, model, objective, progress)
 
     patience = settings.early_stopping_patience or float("inf")
     ended = progress.step >= settings.max_steps or progress.evaluations_since_best >= patience
@@ -66,21 +67,22 @@ def train(
             log.write(progress.step, **evaluate())
         model.train()
         while not ended:
-            loss, grad_norm = take_step(progress.step)
-            log.add(loss, grad_norm)
+            log.add(*take_step(progress.step))
 
             progress.step = step = progress.step + 1
-            if accelerator.num_processes == 1 or step % settings.logging_steps == 0:
+            log_due = step % settings.logging_steps == 0
+            if accelerator.num_processes == 1 or log_due:
                 interruption.agree(accelerator, log.elapsed_s)
             ended = step == settings.max_steps or interruption.out_of_time
             evaluation_due = step % settings.eval_steps == 0 or ended
-            stop_or_save = interruption.signal or interruption.checkpoint or step % settings.save_steps == 0
-            if step % settings.logging_steps == 0 or evaluation_due or stop_or_save:
-                measured = log.check(step) | {"learning_rate": settings.learning_rate * rate_factor(step - 1)}
-            if step % settings.logging_steps == 0 or evaluation_due:
+            save_due = step % settings.save_steps == 0 or interruption.signal or interruption.checkpoint
+            measured = {}
+            if log_due or evaluation_due or save_due:
+                measured = log.check(step) | learning_rates(settings, rate_factor(step - 1))
+            if log_due or evaluation_due:
                 log.write(step, **measured, **(evaluate() if evaluation_due else {}))
                 ended |= progress.evaluations_since_best >= patience
-            if stop_or_save or ended:
+            if save_due or ended:
                 progress.elapsed_s = log.elapsed_s
                 log.sync()
                 write_checkpoint(accelerator, settings, model, optimizers, tokenizer, progress)
@@ -93,6 +95,18 @@ def train(
     take_step.release()
     settle(accelerator)
     log.close()
+    say_how_it_ended(accelerator, settings, progress, interruption)
+    return progress
+
+
+def say_how_it_ended(
+    accelerator: Accelerator, settings: RunSettings, progress: Progress, interruption: Interruption
+) -> None:
+    """What stopped the run before its last step, if anything did.
+
+    Raises:
+        SystemExit: 128 + the signal's number.
+    """
     if interruption.signal:
         say(
             accelerator,
@@ -104,16 +118,14 @@ def train(
             accelerator,
             f"--max_minutes {settings.max_minutes} passed at step {progress.step} of {settings.max_steps}",
         )
-    return progress
 
 
 def keep_if_best(
     accelerator: Accelerator,
-    settings,
-    corpus: Corpus,
-    tokenizer,
-    model,
-    stream: TokenStream,
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    model: nn.Module,
+    objective: Objective,
     progress: Progress,
 ) -> dict[str, float]:
     """Evaluate the whole validation split; the best model so far goes to the top of the run folder.
@@ -121,8 +133,7 @@ def keep_if_best(
     Raises:
         UserError: the loss was not finite.
     """
-    characters, batch_size = corpus.characters("validation"), settings.per_device_eval_batch_size
-    split = evaluate_split(model, stream, characters, batch_size, accelerator)
+    split = objective.evaluate(model)
     if not math.isfinite(split.loss):
         raise UserError(not_finite("validation loss", progress.step))
     if note_evaluation(progress, split.loss):
@@ -131,7 +142,12 @@ def keep_if_best(
 
 
 def write_checkpoint(
-    accelerator: Accelerator, settings, model, optimizers, tokenizer, progress: Progress
+    accelerator: Accelerator,
+    settings: RunSettings,
+    model: nn.Module,
+    optimizers: list,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress,
 ) -> None:
     """A checkpoint of this step; of the older ones --save_total_limit decides what stays."""
     progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
@@ -141,7 +157,9 @@ def write_checkpoint(
         prune(newest, settings.save_total_limit)
 
 
-def save_best(accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_best(
+    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
     """Replace the model at the top of the run folder."""
     if not accelerator.is_main_process:
         return save_model(accelerator, model, tokenizer, folder)

@@ -26,10 +26,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
+from ..common.paths import check_model_name
 from ..common.settings import FinetuningSettings
 from ..common.text import first_line, nearest, without_home
 from ..model import NanoGPTForCausalLM
-from ..model.loading import check_name, find_file, load_native, put_on_base, suppress_padding
+from ..model.loading import find_file, load_native, put_on_base, suppress_padding
 from .run_folder import base_sha256
 
 SHORT_NAMES = {
@@ -49,7 +50,7 @@ def load_base(name: str, whole: bool = False, **options) -> NanoGPTForCausalLM:
     Raises:
         UserError: it is not there, not a causal GPT-2 or model of ours, or no adapter of it could be loaded.
     """
-    check_name(name)
+    check_model_name(name)
     if find_file(name, "adapter_config.json") is not None:
         raise UserError(
             f"{name} holds an adapter, and a base is a whole model: merge it first (recipes/share.py --merge), or go "

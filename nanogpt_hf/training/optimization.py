@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import SchedulerType, get_scheduler
 
 from ..common.errors import UserError
-from ..common.settings import TrainingSettings
+from ..common.settings import RunSettings
 from .hardware import has_fast_bf16
 
 
@@ -112,7 +112,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, settings: RunSettings) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for everything else.
 
     Matrices decay, vectors (norms, biases) do not.
@@ -151,7 +151,7 @@ def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.
     return optimizers
 
 
-def make_schedule(settings: TrainingSettings) -> Callable[[int], float]:
+def make_schedule(settings: RunSettings) -> Callable[[int], float]:
     """The factor of the learning rates at each step (from 0): transformers' schedule as a function.
 
     A function of the step alone has no state to save.
@@ -162,7 +162,7 @@ def make_schedule(settings: TrainingSettings) -> Callable[[int], float]:
     names = [name.value for name in SchedulerType]
     if settings.lr_scheduler_type not in names:
         raise UserError(f"--lr_scheduler_type {settings.lr_scheduler_type} is not one of {', '.join(names)}.")
-    warmup = min(settings.warmup_steps, settings.max_steps // 2)
+    warmup = settings.warmup_steps
     extra = {}
     if settings.lr_scheduler_type == "warmup_stable_decay":
         extra = {"num_decay_steps": settings.max_steps // 2}
@@ -189,6 +189,14 @@ def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: floa
                 group["lr"].fill_(rate)  # the one that a CUDA graph reads
             else:
                 group["lr"] = rate
+
+
+def learning_rates(settings: RunSettings, factor: float) -> dict[str, float]:
+    """The rate of each optimiser at a factor of its peak, as metrics.jsonl names them."""
+    rates = {"learning_rate": settings.learning_rate * factor}
+    if settings.optim == "muon":
+        rates["muon_learning_rate"] = settings.muon_learning_rate * factor
+    return rates
 
 
 def make_capturable(optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..common.errors import UserError
 from ..common.files import files_written_whole, sync
-from ..common.settings import TrainingSettings, public_values
+from ..common.settings import RunSettings, public_values
 from ..common.text import printable
 from .checkpoints import Progress
 
@@ -84,7 +84,7 @@ def not_finite(what: str, step: int) -> str:
     )
 
 
-def same_run(settings: TrainingSettings, progress: Progress) -> dict[str, dict]:
+def same_run(settings: RunSettings, progress: Progress) -> dict[str, dict]:
     """What makes each tracker go on with the run that it knows, where it can, instead of beginning another."""
     name = f"{Path(settings.output_dir).name}-{progress.run_id}"
     return {
@@ -102,7 +102,7 @@ class RunLog:
     """
 
     def __init__(
-        self, accelerator: Accelerator, settings: TrainingSettings, tokens_per_step: int, progress: Progress
+        self, accelerator: Accelerator, settings: RunSettings, tokens_per_step: int, progress: Progress
     ):
         self.accelerator, self.settings, self.tokens_per_step = accelerator, settings, tokens_per_step
         self.path = Path(settings.output_dir) / "metrics.jsonl"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.files import delete, delete_left_overs
-from ..common.settings import FinetuningSettings, TrainingSettings, public_values
+from ..common.settings import FinetuningSettings, RunSettings, public_values
 from ..common.text import without_home
 from ..data.corpora import Corpus
 from .checkpoints import Progress, damage, newest_good, read_progress
@@ -38,7 +38,7 @@ ADAPTATION = (  # settings of a fine-tuning that decide what trains
 
 
 def identity_of(
-    settings: TrainingSettings,
+    settings: RunSettings,
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
@@ -75,7 +75,7 @@ def base_sha256(model: PreTrainedModel) -> str:
 
 
 def find_start(
-    accelerator: Accelerator, settings: TrainingSettings, identity: dict
+    accelerator: Accelerator, settings: RunSettings, identity: dict
 ) -> tuple[Progress, Path | None]:
     """Where the run begins: at step 0, or at a checkpoint to load. Nothing is written.
 
@@ -212,7 +212,7 @@ def _short(value) -> str:
 
 
 def open_run_folder(
-    settings: TrainingSettings,
+    settings: RunSettings,
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerFast,
     identity: dict,

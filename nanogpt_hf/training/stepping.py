@@ -14,16 +14,14 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..common.errors import UserError
-from ..common.settings import TrainingSettings
+from ..common.settings import RunSettings
 from ..common.text import first_line
-from ..data.token_stream import TokenStream, mix
-from .fused_loss import linear_cross_entropy
+from ..data.token_stream import mix
+from .objectives import Batch, Objective, causal_lm
 from .optimization import make_capturable, set_learning_rates
 from .reporting import say
 
 STEPS_BEFORE_CAPTURE = 3  # ordinary steps in which kernels are compiled and optimiser states made
-
-Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and next tokens, each B T; -100 is no token
 
 
 class Stepper:
@@ -31,28 +29,26 @@ class Stepper:
 
     Args:
         model, optimizers: as prepared by the accelerator.
-        stream: the training tokens.
+        objective: what is minimised.
         rate_factor: step -> factor of the learning rates.
-
-    Attributes:
-        batch_size: sequences of the global batch.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        settings: TrainingSettings,
+        settings: RunSettings,
         model: torch.nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
-        stream: TokenStream,
+        objective: Objective,
         rate_factor: Callable[[int], float],
     ):
         self.accelerator, self.settings = accelerator, settings
         self.model, self.optimizers = model, optimizers
-        self.stream, self.rate_factor = stream, rate_factor
+        self.objective, self.rate_factor = objective, rate_factor
         self.micro_batch = settings.per_device_train_batch_size
-        self.batch_size = global_batch_size(settings, accelerator)
-        self.rows = np.arange(accelerator.process_index, self.batch_size, accelerator.num_processes)
+        self.rows = np.arange(
+            accelerator.process_index, global_batch_size(settings, accelerator), accelerator.num_processes
+        )
         self.graph: CapturedStep | None = None
         self.compiled: list[torch.nn.Module] = []
         self.steps_before_capture = STEPS_BEFORE_CAPTURE if self._may_capture() else -1
@@ -60,39 +56,40 @@ class Stepper:
             self._compile()
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This process's part of the loss in nats a token, and the norm of the gradient; both on the device.
+        """This process's part of the loss in nats per token, and the norm of the gradient; both on the device.
 
         Raises:
             UserError: out of memory, and --auto_find_batch_size may not or cannot help.
         """
         set_learning_rates(self.optimizers, self.rate_factor(step))
-        with fastest_attention(self.accelerator.device):
-            while (taken := self._try(step)) is None:  # outside of `except`, which keeps what was allocated
-                self.micro_batch = smaller_batch(self.accelerator, self.settings, self.micro_batch)
-                self.model.zero_grad()
-        return taken
-
-    def _try(self, step: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Loss and norm, or None where memory ran out before the weights changed."""
-        torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))
-        try:
-            micro_batches = [
-                self.stream.batch(
-                    self.settings.seed, step, self.batch_size, self.rows[i : i + self.micro_batch]
-                )
-                for i in range(0, len(self.rows), self.micro_batch)
-            ]
-            if self.steps_before_capture == 0 and len(micro_batches) == 1:
-                self._capture(micro_batches[0])
-            self.steps_before_capture -= 1
-            if self.graph is not None:
-                return self.graph.replay(micro_batches[0])
-            loss = accumulate_gradients(self.accelerator, self.model, micro_batches)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            return None
+        while True:
+            torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))
+            try:
+                batches = self._micro_batches(step)
+                if self._captured(batches):
+                    return self.graph.replay(batches[0])
+                with fastest_attention(self.accelerator.device):
+                    loss = accumulate_gradients(self.accelerator, self.model, self.objective, batches)
+                break
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            # Outside of `except`, which keeps what was allocated. The weights have not changed yet.
+            self.micro_batch = smaller_batch(self.accelerator, self.settings, self.micro_batch)
+            self.model.zero_grad()
         return loss, self._update()
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        parts = range(0, len(self.rows), self.micro_batch)
+        return [self.objective.batch(step, self.rows[i : i + self.micro_batch]) for i in parts]
+
+    def _captured(self, batches: Sequence[Batch]) -> bool:
+        """Whether the step is recorded as a graph, which it is once enough ordinary steps have been taken."""
+        if self.steps_before_capture == 0 and len(batches) == 1:
+            with fastest_attention(self.accelerator.device):
+                self._capture(batches[0])
+        self.steps_before_capture -= 1
+        return self.graph is not None
 
     def _update(self) -> torch.Tensor:
         limit = self.settings.max_grad_norm or float("inf")
@@ -116,11 +113,11 @@ class Stepper:
             for module in lm.modules()
             if type(module).__name__.removeprefix("FSDP") in lm._no_split_modules
         ]
-        batch = self.stream.batch(self.settings.seed, 0, self.batch_size, self.rows[: self.micro_batch])
+        batch = self.objective.batch(0, self.rows[: self.micro_batch])
         try:
             for block in self.compiled:
                 block.compile(backend=self.settings.torch_compile_backend)
-            accumulate_gradients(self.accelerator, self.model, [batch])
+            accumulate_gradients(self.accelerator, self.model, self.objective, [batch])
         except Exception as error:
             if not should_reduce_batch_size(error):  # the first step will meet that again, and answers it
                 self.release()
@@ -140,11 +137,11 @@ class Stepper:
         """One CUDA device, one micro-batch a step, and no scaling that the host decides on."""
         accelerator = self.accelerator
         alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
-        return alone and accelerator.scaler is None and self.micro_batch >= self.batch_size
+        return alone and accelerator.scaler is None and self.micro_batch >= len(self.rows)
 
     def _capture(self, batch: Batch) -> None:
-        def step(x, y):
-            return accumulate_gradients(self.accelerator, self.model, [(x, y)]), self._update()
+        def step(*batch):
+            return accumulate_gradients(self.accelerator, self.model, self.objective, [batch]), self._update()
 
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()
@@ -186,7 +183,7 @@ def fastest_attention(device: torch.device) -> AbstractContextManager:
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, model: torch.nn.Module, micro_batches: Sequence[Batch]
+    accelerator: Accelerator, model: torch.nn.Module, objective: Objective, micro_batches: Sequence[Batch]
 ) -> torch.Tensor:
     """Add up the gradients of the mean loss over all tokens of all micro-batches of all processes.
 
@@ -194,38 +191,21 @@ def accumulate_gradients(
     a mean of means is not the mean.
 
     Returns:
-        This process's part of the loss in nats a token, on the device; the parts of all processes sum to it.
+        This process's part of the loss in nats per token, on the device; the parts of all processes sum to it.
     """
-    tokens = accelerator.reduce(sum((y != -100).sum() for _, y in micro_batches), reduction="sum")
+    tokens = accelerator.reduce(sum(map(objective.count, micro_batches)), reduction="sum")
     total = torch.zeros((), device=accelerator.device)
-    for number, (x, y) in enumerate(micro_batches, start=1):
+    for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         # FSDP2 adds up sharded gradients; without its synchronisation each process would hold them whole.
         with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
-            loss = model(
-                input_ids=x,
-                shift_labels=y,
-                num_items_in_batch=tokens,
-                loss_from_hidden_states=None if keeps_logits(accelerator) else linear_cross_entropy,
-                use_cache=False,
-            ).loss
+            loss = objective.loss(model, batch, tokens)
             accelerator.backward(loss * accelerator.num_processes)  # data parallelism averages over processes
         total += loss.detach()
     return total
 
 
-def keeps_logits(accelerator: Accelerator) -> bool:
-    """Whether the head has to be called as a module: FSDP2 gathers its weights then. And in float16 the gradient
-    of one token's loss is too small before it is scaled up."""
-    return accelerator.is_fsdp2 or accelerator.scaler is not None
-
-
-def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
-    """The network itself, without the adapters that peft puts around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def global_batch_size(settings: TrainingSettings, accelerator: Accelerator) -> int:
+def global_batch_size(settings: RunSettings, accelerator: Accelerator) -> int:
     """Sequences of one step over all processes and micro-batches."""
     per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     return per_device * accelerator.num_processes
@@ -236,7 +216,7 @@ def step_seed(seed: int, step: int, process_index: int) -> int:
     return int(mix(mix(mix(seed) ^ np.uint64(step)) ^ np.uint64(process_index)) >> np.uint64(1))
 
 
-def smaller_batch(accelerator: Accelerator, settings: TrainingSettings, micro_batch: int) -> int:
+def smaller_batch(accelerator: Accelerator, settings: RunSettings, micro_batch: int) -> int:
     """Half the micro-batch, which doubles the accumulation: the global batch and its mathematics stay.
 
     Raises:

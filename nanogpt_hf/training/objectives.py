@@ -1,0 +1,165 @@
+"""What a step trains on: the batches, and their loss in nats with the number of tokens that it counts.
+
+The loop knows the `Objective` protocol alone. Language modelling on contiguous windows is one.
+
+Shapes: B sequences, T tokens, C channels, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from ..data.token_stream import TokenStream
+from .evaluation import SplitLoss, evaluate_split
+from .fused_loss import linear_cross_entropy
+
+Batch = tuple[torch.Tensor, ...]  # of shapes that do not change from step to step
+
+
+class Objective(Protocol):
+    """What is minimised.
+
+    Attributes:
+        tokens_per_step: tokens that a whole global batch is given to read.
+    """
+
+    tokens_per_step: int
+
+    def batch(self, step: int, rows: np.ndarray) -> Batch:
+        """Some rows of the global batch of a step (counted from 0), on the device: a pure function of both."""
+        ...
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        """How many tokens the batch's loss is a sum over, on the device."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> torch.Tensor:
+        """The batch's summed loss in nats divided by num_items, the count of the whole global batch."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> SplitLoss:
+        """The loss over the whole validation split. Every process calls it."""
+        ...
+
+
+class LanguageModeling:
+    """Next-token prediction on contiguous windows of a text.
+
+    Args:
+        train: the training split's tokens, in windows of T.
+        batch_size: sequences of the global batch.
+        seed: decides the order of the windows.
+        validation: the validation split's tokens; without them there is no evaluation.
+        characters: that the validation split spells.
+        eval_batch_size: sequences that a process evaluates at once.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        train: TokenStream,
+        batch_size: int,
+        seed: int,
+        validation: TokenStream | None = None,
+        characters: int = 0,
+        eval_batch_size: int = 64,
+    ):
+        self.accelerator, self.train, self.validation = accelerator, train, validation
+        self.batch_size, self.seed = batch_size, seed
+        self.eval_batch_size, self.characters = eval_batch_size, characters
+        self.tokens_per_step = batch_size * train.block_size
+
+    def batch(self, step: int, rows: np.ndarray) -> Batch:
+        return self.train.batch(self.seed, step, self.batch_size, rows)
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        return (batch[1] != -100).sum()
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> torch.Tensor:
+        inputs, targets = batch
+        return next_token_loss(self.accelerator, model, targets, num_items, input_ids=inputs)
+
+    def evaluate(self, model: nn.Module) -> SplitLoss:
+        return evaluate_split(model, self.validation, self.characters, self.eval_batch_size, self.accelerator)
+
+
+def next_token_loss(
+    accelerator: Accelerator,
+    model: nn.Module,
+    targets: torch.Tensor,
+    num_items: torch.Tensor,
+    **inputs: torch.Tensor,
+) -> torch.Tensor:
+    """The sum of -log p(target) in nats over a batch, divided by num_items.
+
+    Fused with the head, so that the logits never exist as a whole, where the logits are nothing but the last hidden
+    states times a matrix.
+
+    Args:
+        model: as the accelerator has prepared it; called once, so that data parallelism sees its forward.
+        targets: the next tokens, B T; -100 is left out.
+        inputs: of the model's forward.
+    """
+    lm = causal_lm(accelerator.unwrap_model(model))
+    head = None if keeps_logits(accelerator) else plain_head(lm)
+    if head is None:
+        logits = model(**inputs, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / num_items
+    with hidden_states_instead_of_logits(lm) as taken:
+        model(**inputs, use_cache=False)
+    with accelerator.autocast():
+        return linear_cross_entropy(taken.hidden_states, head.weight, targets, num_items)
+
+
+class _TakesHiddenStates(nn.Module):
+    """Stands in the head's place and keeps what would be multiplied with the head (B T C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_states: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.hidden_states = hidden_states
+        return hidden_states[..., :0]  # nothing that a wrapper would cast or copy
+
+
+@contextmanager
+def hidden_states_instead_of_logits(lm: nn.Module) -> Iterator[_TakesHiddenStates]:
+    """A context in which a causal language model gives its last hidden states to what is entered, and no logits."""
+    head, stand_in = lm.get_output_embeddings(), _TakesHiddenStates()
+    lm.set_output_embeddings(stand_in)
+    try:
+        yield stand_in
+    finally:
+        lm.set_output_embeddings(head)
+
+
+def plain_head(lm: nn.Module) -> nn.Module | None:
+    """The head of a model whose logits are its hidden states times `head.weight` (V C), None for all others.
+
+    A head with an adapter or a bias is no plain matrix, and some models cap or scale their logits.
+    """
+    head, config = lm.get_output_embeddings(), lm.config
+    changed = any(
+        getattr(config, name, None) not in (None, 1, 1.0)
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    )
+    plain = getattr(head, "bias", None) is None and not hasattr(head, "lora_A")
+    return head if plain and not changed else None
+
+
+def keeps_logits(accelerator: Accelerator) -> bool:
+    """Whether the head has to be called as a module: FSDP2 gathers its weights then. And in float16 the gradient
+    of one token's loss is too small before it is scaled up."""
+    return accelerator.is_fsdp2 or accelerator.scaler is not None
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The network itself, without the adapters that peft puts around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
