@@ -25,18 +25,22 @@ class Scheme:
     letters: str = "AbAb CCdd EffE gg"
 
     def __post_init__(self):
-        letters = self.letters.replace(" ", "")
-        if not letters.isalpha() or len(set(letters)) == len(letters):
+        if not self.stanza.isalpha() or len(set(self.stanza)) == len(self.stanza):
             raise UserError(
                 f"the rhyme scheme is {self.letters!r}: it must be letters and spaces, some letter twice, as in 'abab'."
             )
+
+    @property
+    def stanza(self) -> str:
+        """The letter of each line."""
+        return self.letters.replace(" ", "")
 
     def pairs(self, lines: int) -> Iterator[tuple[str, int, int | None]]:
         """Letter, first and second line of each pair in a stanza of `lines`; the second is None if it is missing.
 
         A longer stanza begins the scheme anew.
         """
-        letters = self.letters.replace(" ", "")
+        letters = self.stanza
         for first in range(lines):
             place = first % len(letters)
             after = letters.find(letters[place], place + 1)
