@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,20 +51,62 @@ def test_every_flag_in_the_readme_exists():
         assert re.search(rf"\b{flag}\b", text), flag
 
 
-def imports_of(path):
-    return re.findall(r"^from \.(\w+)", path.read_text(encoding="utf-8"), re.M)
+def lint_imports(folder):
+    """The import contracts of .importlinter, on the package in a folder."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command as run; run()",
+            "--no-cache",
+        ],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_imports_go_one_way():
-    """The order of the rooms in README's tree is the order of the imports: a module uses only those above it."""
-    tree = README.split("```text\n")[-1].split("```")[0]
-    order = [line.split()[0].removesuffix(".py").rstrip("/") for line in tree.splitlines() if line.strip()]
-    for path in (ROOT / "nanogpt_hf").glob("*.py"):
-        if path.stem != "__init__":
-            for name in imports_of(path):
-                assert order.index(name) < order.index(path.stem), (
-                    f"{path.stem} imports {name}, which stands below it"
-                )
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "module, line",
+    [
+        ("data/token_stream", "from ..training import reporting"),
+        ("common/text", "def late():\n    from ..model.presets import PRESETS"),
+        ("model/presets", "import nanogpt_hf.runs.run"),
+        ("model/modeling_nanogpt", "from ..common.errors import UserError"),
+        ("data/token_stream", "from . import shards"),
+        ("training/objectives", "if 0:\n    from . import loop"),
+    ],
+)
+def test_a_planted_import_is_seen(module, line, tmp_path):
+    shutil.copytree(
+        ROOT / "nanogpt_hf", tmp_path / "nanogpt_hf", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copy(ROOT / ".importlinter", tmp_path)
+    path = tmp_path / "nanogpt_hf" / f"{module}.py"
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n{line}\n", encoding="utf-8")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1 and "BROKEN" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_command_line_is_answered_without_torch():
+    """Importing torch takes seconds; a misspelt flag and --help have to be answered before."""
+    for words in (["--help"], ["--lr", "3"], ["--corpus", "nowhere.txt"]):
+        for recipe in ("pretrain_char", "pretrain_bpe", "pretrain", "finetune_lora"):
+            script = f"recipes/{recipe}.py"
+            code = (
+                "import runpy, sys\n"
+                f"sys.argv = {[script, *words]!r}\n"
+                f"try:\n    runpy.run_path({script!r}, run_name='__main__')\n"
+                "except SystemExit:\n    sys.exit('torch' in sys.modules)"
+            )
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, (recipe, words, done.stderr)
 
 
 def test_no_script_has_the_name_of_a_module_of_python():

@@ -1,9 +1,16 @@
 """The command line: which setting wins, and what a mistake is answered."""
 
-import pytest
+import tempfile
+from pathlib import Path
 
-from nanogpt_hf.common.cli import parse
-from nanogpt_hf.common.settings import TrainingSettings
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.settings import TrainingSettings, public_values
 
 
 def read(*words, **options):
@@ -87,3 +94,83 @@ def test_help_shows_every_setting_with_its_default(capsys):
     assert end.value.code == 0
     assert all(f"--{name}" in text for name in vars(TrainingSettings()))
     assert "1337" in text
+
+
+def test_null_in_a_file_and_none_on_the_command_line_switch_a_setting_off(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("early_stopping_patience: null\ndropout: null\n")
+    defaults = {"early_stopping_patience": 5, "dropout": 0.3}
+    settings = read("--config", str(file), defaults=defaults)
+    assert settings.early_stopping_patience is None and settings.dropout is None
+    assert read("--early_stopping_patience", "none", defaults=defaults).early_stopping_patience is None
+    assert read(defaults=defaults).early_stopping_patience == 5
+    with pytest.raises(UserError, match="invalid int value: 'none'"):
+        read("--seed", "none")
+
+
+def test_a_runs_own_file_repeats_it_in_a_new_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.yaml").write_text(f"output_dir: {folder}\nseed: 7\n")
+    settings = read("--config", str(folder / "run.yaml"))
+    assert (settings.output_dir, settings.seed) == (f"{folder}-2", 7)
+    goes_on = read("--config", str(folder / "run.yaml"), "--resume_from_checkpoint", "last")
+    assert goes_on.output_dir == str(folder)
+
+
+def test_of_epochs_and_steps_the_one_that_is_said_counts():
+    assert read("--num_train_epochs", "3", defaults={"max_steps": 100}).max_steps is None
+    assert read("--max_steps", "7", defaults={"num_train_epochs": 2.0}).num_train_epochs is None
+    with pytest.raises(UserError, match="exclude each other"):
+        read("--num_train_epochs", "3", "--max_steps", "7")
+
+
+@pytest.mark.parametrize(
+    "word, meant",
+    [
+        ("--lr", "--learning_rate"),
+        ("--batch_size", "--per_device_train_batch_size"),
+        ("--epochs", "--num_train_epochs"),
+        ("--steps", "--max_steps"),
+        ("--block_size", "--n_positions"),
+        ("--max-iters", "--max_steps"),
+        ("my_text.txt", "--corpus my_text.txt"),
+    ],
+)
+def test_what_other_tools_call_a_setting_is_answered_with_ours(word, meant):
+    with pytest.raises(UserError, match=f"did you mean {meant}\\?$"):
+        read(word, "3") if word.startswith("-") else read(word)
+
+
+def test_dashes_are_underscores_and_a_value_may_begin_with_one():
+    assert read("--max-steps", "7", "--document_end=-").document_end == "-"
+    with pytest.raises(UserError, match="is given as --setting=-value"):
+        read("--document_end", "--")
+
+
+def test_a_bug_keeps_its_traceback_and_a_users_mistake_is_a_sentence(capsys):
+    def bug():
+        zip([1], [2, 3], strict=True).__next__()
+        raise ValueError("zip() argument 2 is longer than argument 1")
+
+    with pytest.raises(ValueError, match="zip"):
+        run_recipe(bug)
+
+    def mistake():
+        raise UserError("what is wrong, and what to do.")
+
+    with pytest.raises(SystemExit) as end:
+        run_recipe(mistake)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: what is wrong, and what to do.\n"
+
+
+@given(
+    st.builds(dict, max_steps=st.integers(1, 9), dropout=st.floats(0, 0.9), seed=st.integers(0, 2**32 - 1))
+)
+def test_settings_come_back_from_their_file(values):
+    written = TrainingSettings(**values)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "settings.yaml"
+        path.write_text(yaml.safe_dump(public_values(written)))
+        assert read("--config", str(path)) == written

@@ -88,10 +88,13 @@ class _Parser(HfArgumentParser):
         del action.option_strings[1:]
         if action.type is string_to_bool:
             action.nargs, action.const, action.metavar = "?", True, "true|false"
-        elif not action.choices:
+        elif action.choices:
+            action.metavar = "|".join(action.choices)
+        else:
             action.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
         if NoneType in get_args(hint):
             action.type = _or_none(action.type)
+            action.choices = action.choices and [*action.choices, None]
 
     def error(self, message: str) -> NoReturn:
         if "expected" in message and "argument" in message:
@@ -236,7 +239,8 @@ def parse(
     if "-h" in argv or "--help" in argv:
         parser.set_defaults(**actual | {"config": None} | _shown(defaults))
         parser.parse_args(["--help"])
-    from_file = read(_as_words(_from_config(said.pop("config"), cls))) if "config" in said else {}
+    config = said.pop("config", None)
+    from_file = {} if config is None else read(_as_words(_from_config(config, cls, said)))
     asked = from_file | said
     rivals = [name for name in RIVALS if asked.get(name) is not None]
     if len([name for name in RIVALS if said.get(name) is not None]) > 1:
@@ -296,11 +300,16 @@ def _what_is(word: str, known: Sequence[str]) -> str:
     )
 
 
-def _from_config(path: str, cls: type[Settings]) -> dict[str, Any]:
+def _from_config(path: str, cls: type[Settings], said: Values) -> dict[str, Any]:
     """The settings in the file of --config. The run.yaml that lies in a run's folder repeats it in another folder."""
     values = read_yaml(path, [item.name for item in fields(cls)], cls.RETIRED)
     folder = values.get("output_dir")
-    if isinstance(folder, str) and Path(os.path.expanduser(folder)).resolve() == Path(path).resolve().parent:
+    goes_on = said.get("resume_from_checkpoint") or said.get("overwrite_output_dir")
+    if (
+        isinstance(folder, str)
+        and not goes_on
+        and Path(os.path.expanduser(folder)).resolve() == Path(path).resolve().parent
+    ):
         values["output_dir"] = next_folder(folder)
     return values
 
