@@ -413,10 +413,10 @@ class TestRewards:
     def test_verse_is_worth_more_than_prose(self):
         pytest.importorskip("silero_stress")
         form = Form(scheme=Scheme("AbAb"))
-        for reward in (rewards.metre(form), rewards.rhyme(form), rewards.line_count(form, 4)):
+        for reward in (rewards.metre(form), rewards.rhyme(form), rewards.line_count(form)):
             values = reward([STANZA, PROSE, ""])
             assert values[0] == 1 and 0 <= values[1] < 1 and values[2] == 0
-        assert rewards.line_count(form, 4)(["\n".join([STANZA] * 2), PROSE]) == [0, 0.5]
+        assert rewards.line_count(form)(["\n".join([STANZA] * 2), PROSE]) == [0, 0.5]
         assert rewards.metre(form)([STANZA + "\n" + PROSE]) == [4 / 6]
 
     def test_repetition_is_worth_less(self):
@@ -489,7 +489,22 @@ class TestRewards:
         assert both(["", "ab"]) == [0.25, 1.75]
         assert both([]) == []
 
-    @pytest.mark.parametrize("parts", [{}, {"a": (0, len)}, {"a": (-1, len)}])
+    def test_a_guard_lets_nothing_make_up_for_it(self):
+        ones = rewards.of_each_text(lambda text: 1)
+        copying = rewards.originality(["Мой дядя самых честных правил"])
+        guarded = rewards.Weighted({"one": (1, ones)}, {"variety": rewards.variety(), "originality": copying})
+        assert guarded(["дядя самых честных правил", "раз раз раз", "когда не в шутку занемог"]) == [
+            0,
+            0.5,
+            1,
+        ]
+        assert list(guarded.by_name([""])) == ["one", "variety", "originality"]
+
+    @pytest.mark.parametrize("parts", [{}, {"a": (0, len)}, {"a": (-1, len)}, {"a": (float("nan"), len)}])
     def test_weights_that_weigh_nothing_are_refused(self, parts):
         with pytest.raises(UserError, match="above 0"):
             rewards.Weighted(parts)
+
+    def test_a_reward_is_weighed_or_guards(self):
+        with pytest.raises(UserError, match="'a' is both"):
+            rewards.Weighted({"a": (1, len)}, {"a": len})

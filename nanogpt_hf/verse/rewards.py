@@ -32,9 +32,10 @@ def rhyme(form: Form) -> Reward:
     return lambda texts: [poem.rhyme_share for poem in scan(texts, form)]
 
 
-def line_count(form: Form, lines: int = 14) -> Reward:
-    """1 for a text of so many lines of verse, and less by each line that is missing or too much; 0 at double."""
-    return lambda texts: [max(0.0, 1 - abs(len(poem.lines) - lines) / lines) for poem in scan(texts, form)]
+def line_count(form: Form) -> Reward:
+    """1 for a text of as many lines as the form's scheme, less for each that is missing or too much, 0 for double."""
+    wanted = len(form.scheme.stanza)
+    return lambda texts: [max(0.0, 1 - abs(len(poem.lines) / wanted - 1)) for poem in scan(texts, form)]
 
 
 def variety(n: int = 2) -> Reward:
@@ -122,32 +123,36 @@ def load_reward(name: str) -> Reward:
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-    """Several rewards as one: their mean by weight, from 0 to 1 if they are.
+    """Several rewards as one: the mean of some by weight, times each of the guards.
 
     parts: name -> weight and reward.
+    guards: name -> reward. What they give 0, as `originality` a copy, is worth 0, however good it is otherwise.
 
-    Raises UserError without parts, or for a weight that is not above 0.
+    Raises UserError without parts, for a weight that is not above 0, or for a name in both.
     """
 
     parts: Mapping[str, tuple[float, Reward]]
+    guards: Mapping[str, Reward] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.parts or not all(weight > 0 for weight, _ in self.parts.values()):
+        if not self.parts or not all(0 < weight < math.inf for weight, _ in self.parts.values()):
             weights = {name: weight for name, (weight, _) in self.parts.items()}
-            raise UserError(f"the weights of the rewards are {weights}: each must be above 0.")
+            raise UserError(f"the weights of the rewards are {weights}: each must be a number above 0.")
+        if both := self.parts.keys() & self.guards.keys():
+            raise UserError(f"the reward {min(both)!r} is both weighed and a guard: leave one of them out.")
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
-        """The weighted mean for each text."""
-        return self.mean(self.by_name(texts))
+        return self.combined(self.by_name(texts))
 
     def by_name(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """What each part gives to each text, for a log."""
-        return {name: reward(texts) for name, (_, reward) in self.parts.items()}
+        """What each reward gives each text, for a log and for `combined`."""
+        rewards = {name: reward for name, (_, reward) in self.parts.items()} | dict(self.guards)
+        return {name: reward(texts) for name, reward in rewards.items()}
 
-    def mean(self, given: Mapping[str, Sequence[float]]) -> list[float]:
-        """The weighted mean of what `by_name` has returned."""
-        total = sum(weight for weight, _ in self.parts.values())
-        weighed = [
-            [self.parts[name][0] / total * value for value in values] for name, values in given.items()
-        ]
-        return [sum(values) for values in zip(*weighed, strict=True)]
+    def combined(self, given: Mapping[str, Sequence[float]]) -> list[float]:
+        """One number for each text of what `by_name` returned."""
+        weights = {name: weight for name, (weight, _) in self.parts.items()}
+        values = np.average([given[name] for name in weights], axis=0, weights=list(weights.values()))
+        for name in self.guards:
+            values = values * given[name]
+        return values.tolist()

@@ -58,8 +58,8 @@ def sounds(word: str) -> list[str]:
 
 
 def _voiced_alike(heard: list[str]) -> list[str]:
-    """Consonants take the voice of the one after them; the end of a word has none. в and sonorants give none."""
-    heard, after = list(heard), VOICELESS
+    """Consonants take the voice of the one after them; the last of a word has none. в and sonorants give none."""
+    heard, after = list(heard), VOICELESS[0]
     for place in range(len(heard) - 1, -1, -1):
         letter = heard[place][0]
         if after in VOICELESS + "хцчщ":
