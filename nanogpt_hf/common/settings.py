@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .errors import UserError
+from .recipes import command
 from .text import without_home
 
 BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
@@ -265,8 +266,8 @@ class AdapterSettings(Settings):
             )
         if self.full and self.merge:
             raise UserError(
-                "--merge puts an adapter into its base, and --full trains none: leave it out, and give the run to "
-                "recipes/share.py for a plain checkpoint."
+                "--merge puts an adapter into its base, and --full trains none: leave it out, and for a plain checkpoint "
+                f"give the run to {command('share')}."
             )
 
 

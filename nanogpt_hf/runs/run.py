@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.files import files_written_whole
+from ..common.recipes import command
 from ..common.settings import RunSettings
 from ..common.text import first_line, printable
 from ..data.corpora import AnyCorpus, load_corpus
@@ -252,5 +253,5 @@ def _describe_result(
         *bits_words(rows, corpus),
         *memory_words(accelerator.device),
         f"run folder      {folder}",
-        f"more samples    python recipes/sample.py --model {folder}",
+        f"more samples    {command('sample')} --model {folder}",
     )

@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..common.errors import UserError
+from ..common.recipes import command
 from ..common.text import printable
 from .export import export_run
 from .model_card import without_token
@@ -159,7 +160,7 @@ def push(
             export_run(folder, staging, format, repo_id, merge)
             _persist(lambda: _upload(api, repo_id, Path(staging), private, timeout), pauses, timeout, tell)
     except FAILURES as error:
-        words = ["python", "recipes/share.py", "--model", str(folder), "--hub_model_id", repo_id]
+        words = [*command("share").split(), "--model", str(folder), "--hub_model_id", repo_id]
         words += ["--hub_private_repo"] if private else []
         words += ["--hub_format", format] if format != "auto" else []
         words += ["--merge"] if merge else []

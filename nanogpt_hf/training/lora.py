@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
 from ..common.paths import check_model_name
+from ..common.recipes import command
 from ..common.settings import FinetuningSettings
 from ..common.text import first_line, nearest, without_home
 from ..model import NanoGPTForCausalLM
@@ -53,7 +54,7 @@ def load_base(name: str, whole: bool = False, **options) -> NanoGPTForCausalLM:
     check_model_name(name)
     if find_file(name, "adapter_config.json") is not None:
         raise UserError(
-            f"{name} holds an adapter, and a base is a whole model: merge it first (recipes/share.py --merge), or go "
+            f"{name} holds an adapter, and a base is a whole model: merge it first ({command('share')} --merge), or go "
             "on with its run by --resume_from_checkpoint."
         )
     try:
