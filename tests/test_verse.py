@@ -263,7 +263,8 @@ class TestRhyme:
     @pytest.mark.parametrize("scheme, met", [("aa", True), ("AA", True), ("AA bb", True), ("aa BB", False)])
     def test_a_scheme_of_both_cases_wants_feminine_and_masculine_endings(self, scheme, met):
         one, other = (Ending((word,), frozenset(["орога"]), 1) for word in ("дорога", "строга"))
-        assert Scheme(scheme).met(scheme[0], [one, other]) == met
+        assert Scheme(scheme).met(scheme[0], one, other) == met
+        assert not Scheme(scheme).met(scheme[0], one, None)
 
     @pytest.mark.parametrize("letters", ["", "abc", "Aa", "a1a1", "a-a"])
     def test_a_scheme_in_which_nothing_rhymes_is_refused(self, letters):

@@ -32,7 +32,7 @@ def measure_verse(
     poems = scan(texts, form)
     lines = [line.in_metre for poem in poems for line in poem.lines]
     pairs = [pair.rhymed for poem in poems for pair in poem.pairs]
-    row = {
+    row: dict[str, str | int | float] = {
         "name": name,
         "poems": len(texts),
         "metre": _mean(lines),

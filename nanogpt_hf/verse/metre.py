@@ -36,7 +36,7 @@ class Metre:
     inversion: bool = False
     stressed_end: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.foot not in FEET:
             raise UserError(f"the foot is {self.foot!r}: it must be one of {', '.join(FEET)}.")
         if self.feet < 1 or not self.endings or min(self.endings) < 0:

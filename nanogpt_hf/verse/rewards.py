@@ -134,7 +134,7 @@ class Weighted:
     parts: Mapping[str, tuple[float, Reward]]
     guards: Mapping[str, Reward] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.parts or not all(0 < weight < math.inf for weight, _ in self.parts.values()):
             weights = {name: weight for name, (weight, _) in self.parts.items()}
             raise UserError(f"the weights of the rewards are {weights}: each must be a number above 0.")

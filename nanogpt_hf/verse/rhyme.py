@@ -1,7 +1,7 @@
 """Rhyme: whether two endings sound alike, and which lines of a stanza are to."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from ..common.errors import UserError
 from .readings import Ending
@@ -24,7 +24,7 @@ class Scheme:
 
     letters: str = "AbAb CCdd EffE gg"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.stanza.isalpha() or len(set(self.stanza)) == len(self.stanza):
             raise UserError(
                 f"the rhyme scheme is {self.letters!r}: it must be letters and spaces, some letter twice, as in 'abab'."
@@ -48,11 +48,9 @@ class Scheme:
                 second = first - place + after
                 yield letters[place], first, second if second < lines else None
 
-    def met(self, letter: str, endings: Sequence[Ending | None]) -> bool:
-        """Whether the endings of a pair rhyme, both as long as their letter says."""
-        if len(endings) < 2 or None in endings:
+    def met(self, letter: str, one: Ending | None, other: Ending | None) -> bool:
+        """Whether two endings rhyme, both of the kind that their letter wants; None, a missing line, does not."""
+        if one is None or other is None or not rhymes(one, other):
             return False
         mixed = not (self.letters.isupper() or self.letters.islower())
-        return rhymes(*endings) and not (
-            mixed and any(letter.isupper() != (ending.tail > 0) for ending in endings)
-        )
+        return not mixed or all(letter.isupper() == (ending.tail > 0) for ending in (one, other))

@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ _known: dict[str, tuple[Reading, ...]] = {}
 
 
 @functools.cache
-def _accentor():
+def _accentor() -> Any:
     """silero-stress without what it does to torch: it takes a single thread and turns gradients off.
 
     Raises:

@@ -41,7 +41,8 @@ def sounds(word: str) -> list[str]:
     """The sounds of a word in lower case with its ё, its vowels as if all were stressed."""
     for written, said in SPELLINGS:
         word = re.sub(written, said, word)
-    heard, before = [], ""
+    heard: list[str] = []
+    before = ""
     for letter in word:
         after_consonant = heard and heard[-1] not in VOWELS.values() and before not in "ьъ"
         if letter in SOFTENING and after_consonant:

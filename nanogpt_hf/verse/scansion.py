@@ -30,7 +30,7 @@ class Form:
     metre: Metre = Metre()
     scheme: Scheme = Scheme()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.language not in LANGUAGES:
             raise UserError(
                 f"the language of verse is {self.language!r}: it must be one of {', '.join(LANGUAGES)}."
@@ -127,9 +127,11 @@ def _poem(text: str, form: Form) -> Poem:
                 lines.append(_line(line, form.language, form.metre))
                 numbers.append(number)
             for letter, first, second in form.scheme.pairs(len(lines) - start):
-                second = None if second is None else start + second
-                endings = [lines[place].ending for place in (start + first, second) if place is not None]
-                pairs.append(Pair(letter, start + first, second, form.scheme.met(letter, endings)))
+                other = None if second is None else start + second
+                rhymed = form.scheme.met(
+                    letter, lines[start + first].ending, None if other is None else lines[other].ending
+                )
+                pairs.append(Pair(letter, start + first, other, rhymed))
     return Poem(tuple(lines), tuple(numbers), tuple(pairs))
 
 
