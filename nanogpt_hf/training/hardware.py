@@ -6,12 +6,24 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, TorchDynamoPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..common.errors import UserError
 from ..common.settings import RunSettings
 
+NOT_HERE = {  # variables of accelerate -> what they ask for
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's ParallelismConfig",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+    "ACCELERATE_FP8_BACKEND": "float8",
+}
+FLAGS = (
+    "ACCELERATE_DEBUG_MODE",
+    "ACCELERATE_CPU_AFFINITY",
+    "ACCELERATE_USE_CPU",
+)  # read by accelerate itself
 SETTLE_SECONDS = 0.5  # a hundred of the 5 ms after which Python's lock changes hands
 
 
@@ -32,6 +44,7 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
     """
     device = device_type(settings.use_cpu)
     check_launch(device, os.environ, settings.use_cpu)
+    check_environment(device, os.environ)
     sharded = _is_on(os.environ, "ACCELERATE_USE_FSDP")
     if settings.fp16 and sharded:
         raise UserError("--fp16 does not go with FSDP2: use --bf16, or accelerate_configs/gpus_ddp.yaml.")
@@ -51,6 +64,11 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
         cpu=device == "cpu",
         mixed_precision="fp16" if settings.fp16 else "bf16" if bf16 else "no",
         fsdp_plugin=plugin,
+        # What `accelerate config` has left behind would divide the gradients, or compile the model as a whole.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(
+            backend="no", mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
+        ),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=settings.report_to or None,
         project_config=ProjectConfiguration(logging_dir=os.path.join(settings.output_dir or "", "trackers")),
@@ -59,6 +77,40 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
 
 def _is_on(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "").lower() in ("true", "1", "yes")
+
+
+def check_environment(device: str, environment: Mapping[str, str]) -> None:
+    """Raises UserError for a variable of accelerate's that asks for what no run here does; the others are overruled.
+
+    Args:
+        device: cuda, mps or cpu: what the run would take.
+    """
+    for name, what in NOT_HERE.items():
+        if environment.get(name, "no").lower() not in ("", "0", "no", "false"):
+            raise UserError(
+                f"{name} is set, but {what} is not used here: unset it, or run `accelerate config` again."
+            )
+    wanted = environment.get("ACCELERATE_TORCH_DEVICE", device).split(":")[0]
+    if wanted != device:
+        raise UserError(
+            f"ACCELERATE_TORCH_DEVICE is {wanted}, but this run takes {device}: unset it, or give --use_cpu."
+        )
+    for name in FLAGS:
+        if environment.get(name, "0").lower() not in (
+            "0",
+            "1",
+            "true",
+            "false",
+            "yes",
+            "no",
+            "on",
+            "off",
+            "y",
+            "n",
+            "t",
+            "f",
+        ):
+            raise UserError(f"{name} is {environment[name]!r}, neither true nor false: unset it.")
 
 
 def check_launch(device: str, environment: Mapping[str, str], use_cpu: bool = False) -> None:
