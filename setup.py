@@ -53,6 +53,7 @@ setup(
             "types-requests",
             "types-tqdm",
         ],
+        "verse": ["pronouncing>=0.3", "silero-stress>=1.5"],
         "interop": ["ctranslate2>=4.6", "tiktoken>=0.8"],
     },
 )

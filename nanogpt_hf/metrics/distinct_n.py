@@ -1,5 +1,7 @@
 """Distinct-n: how varied generated text is, as the share of its n-grams that are distinct."""
 
+from collections.abc import Iterable
+
 import datasets
 import evaluate
 
@@ -7,6 +9,17 @@ _CITATION = (
     "Li et al. 2016, A Diversity-Promoting Objective Function for Neural Conversation Models, NAACL, "
     "arXiv:1510.03055"
 )
+
+
+def count_ngrams(texts: Iterable[str], n: int = 2, unit: str = "word") -> tuple[int, int]:
+    """How many distinct n-grams texts hold together, and how many in all; no n-gram spans two texts."""
+    distinct: set[tuple[str, ...]] = set()
+    total = 0
+    for text in texts:
+        units = text.split() if unit == "word" else text
+        distinct.update(zip(*(units[start:] for start in range(n)), strict=False))
+        total += max(len(units) - n + 1, 0)
+    return len(distinct), total
 
 
 class DistinctN(evaluate.Metric):
@@ -38,11 +51,7 @@ class DistinctN(evaluate.Metric):
             raise ValueError(f"n is {n}; an n-gram has at least 1 {unit}")
         if unit not in ("word", "character"):
             raise ValueError(f"unit is {unit!r}; it must be 'word' or 'character'")
-        distinct, total = set(), 0
-        for text in predictions:
-            units = text.split() if unit == "word" else text
-            distinct.update(zip(*(units[start:] for start in range(n)), strict=False))
-            total += max(len(units) - n + 1, 0)
+        distinct, total = count_ngrams(predictions, n, unit)
         if total == 0:
             raise ValueError(f"no text in predictions holds {n} {unit}s, so there is no {n}-gram to count")
-        return {"distinct_n": len(distinct) / total}
+        return {"distinct_n": distinct / total}

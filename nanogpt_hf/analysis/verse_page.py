@@ -1,0 +1,145 @@
+"""A page that shows poems with their stresses, feet and rhymes: one HTML file that needs no other."""
+
+import html
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ..common.files import files_written_whole
+from ..common.text import printable
+from ..verse.metre import FEET
+from ..verse.scansion import LANGUAGES, Form, Line, Poem, Syllable, scan
+
+HUES = 8  # of rhymes, as many as STYLE has
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #faf8f4; --card: #ffffff; --ink: #22201c; --dim: #77716a; --edge: #e2ddd4; --foot: #f1ece2; --wrong: #c4161c;
+  --r0: #1d5fbf; --r1: #b35300; --r2: #177a3a; --r3: #7a37b8; --r4: #0b7480; --r5: #b0237d; --r6: #806000; --r7: #4c6b00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #171614; --card: #201f1c; --ink: #ece7de; --dim: #9c958a; --edge: #38352f; --foot: #2d2a26; --wrong: #ff7b72;
+    --r0: #7db5ff; --r1: #ffab66; --r2: #6ed192; --r3: #cda2ff; --r4: #5fd0dc; --r5: #ff8fcf; --r6: #e3bf55; --r7: #b5d167;
+  }
+}
+body { margin: 0; background: var(--page); color: var(--ink); font: 17px/1.5 Georgia, "PT Serif", "DejaVu Serif", serif; }
+main { max-width: 78rem; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
+h1 { font-size: 1.6rem; margin: 0 0 0.5rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 0.25rem; }
+p { margin: 0.25rem 0; color: var(--dim); font-size: 0.9rem; max-width: 60rem; }
+.poems { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1rem; margin-top: 1rem; }
+article { background: var(--card); border: 1px solid var(--edge); border-radius: 6px; padding: 1rem 1rem 0.75rem; }
+.line { display: flex; align-items: baseline; gap: 0.5rem; line-height: 2; min-height: 1.2rem; }
+.line > .text { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid transparent; padding-left: 0.6rem; }
+.off > .text { border-left-color: var(--wrong); }
+.none > .text { color: var(--dim); }
+.odd { background: var(--foot); }
+.stress, .may { position: relative; }
+.stress { font-weight: 700; }
+.stress::before, .may::before { position: absolute; left: 50%; top: -0.3em; line-height: 1; transform: translateX(-50%);
+  font-weight: 400; content: "\\00b4"; }
+.may::before { content: "\\00b7"; top: -0.36em; color: var(--dim); }
+.wrong { text-decoration: underline wavy var(--wrong) 1.5px; text-underline-offset: 0.25em; text-decoration-skip-ink: none; }
+.hue { color: var(--hue); }
+.letter { display: inline-block; flex: none; width: 1.6em; text-align: center; border: 1.5px dashed var(--dim); border-radius: 1em;
+  color: var(--dim); font: 0.75rem/1.5 system-ui, sans-serif; }
+.letter.hue { border: 1.5px solid var(--hue); color: var(--hue); font-weight: 700; }
+""" + "".join(f".h{hue} {{ --hue: var(--r{hue}); }}\n" for hue in range(HUES))
+
+LEGEND = (
+    '<p><span class="stress">а</span> stressed · <span class="may">а</span> a word of one syllable in a strong place · '
+    '<span class="wrong">а</span> against the metre · <span class="odd">&nbsp;every&nbsp;</span> second foot is shaded · '
+    '<span class="h0"><span class="letter hue">A</span></span> rhymed, from the last stress on · '
+    '<span class="letter">A</span> not rhymed · a red edge: the line is not in metre</p>'
+)
+
+
+def draw_verse(
+    path: Path,
+    title: str,
+    groups: Mapping[str, Sequence[str]],
+    form: Form,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write a page that shows texts as verse: each line with its stresses, its feet and its rhyme.
+
+    Args:
+        groups: heading, as the name of a model -> texts.
+        notes: heading -> what to say below it.
+    """
+    sections = []
+    for heading, texts in groups.items():
+        shown = zip(texts, scan(texts, form), strict=True)
+        poems = "\n".join(f"<article>\n{_article(text, poem, form)}\n</article>" for text, poem in shown)
+        note = _escaped((notes or {}).get(heading, ""))
+        sections.append(f'<h2>{_escaped(heading)}</h2>\n<p>{note}</p>\n<div class="poems">\n{poems}\n</div>')
+    page = (
+        f'<!doctype html>\n<html lang="{form.language}">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_escaped(title)}</title>\n<style>{STYLE}</style>\n<main>\n<h1>{_escaped(title)}</h1>\n{LEGEND}\n"
+        + "\n".join(sections)
+        + "\n</main>\n</html>\n"
+    )
+    with files_written_whole(path.parent) as folder:
+        (folder / path.name).write_text(page, encoding="utf-8")
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))
+
+
+def _article(text: str, poem: Poem, form: Form) -> str:
+    """The lines of a text, those that are no verse too."""
+    letters: dict[int, tuple[str, int | None]] = {}  # line of the poem -> its letter, and the hue of a rhyme
+    for number, pair in enumerate(poem.pairs):
+        for place in (pair.first, pair.second):
+            if place is not None and (pair.rhymed or place not in letters):
+                letters[place] = pair.letter, number % HUES if pair.rhymed else None
+    places = {number: place for place, number in enumerate(poem.numbers)}
+    rows = []
+    for number, words in enumerate(text.rstrip("\n").split("\n")):
+        if number not in places:
+            rows.append(f'<div class="line none"><span class="text">{_escaped(words)}</span></div>')
+            continue
+        line = poem.lines[places[number]]
+        letter, hue = letters.get(places[number], ("", None))
+        look = ("" if line.in_metre else " off") + ("" if hue is None else f" h{hue}")
+        marked = "".join(_marked(line, form, hue is not None))
+        mark = (
+            f'<span class="letter{"" if hue is None else " hue"}">{_escaped(letter)}</span>' if letter else ""
+        )
+        rows.append(f'<div class="line{look}"><span class="text">{marked}</span>{mark}</div>')
+    return "\n".join(rows)
+
+
+def _marked(line: Line, form: Form, rhymed: bool) -> Iterator[str]:
+    """The line's letters, those that look alike in one element."""
+    looks: list[set[str]] = [set() for _ in line.text]
+    length = len(FEET[form.metre.foot])
+    for number, syllable in enumerate(line.syllables):
+        last_of_foot = (number + 1) % length == 0 or number + 1 == len(line.syllables)
+        end = syllable.end if last_of_foot else line.syllables[number + 1].start
+        if number // length % 2:
+            for place in range(syllable.start, end):
+                looks[place].add("odd")
+        if not syllable.fits:
+            for place in range(syllable.start, syllable.end):
+                looks[place].add("wrong")
+        if syllable.stressed or (syllable.stressed is None and syllable.strong):
+            looks[_vowel(line, syllable, form)].add("stress" if syllable.stressed else "may")
+    if rhymed and line.ending:
+        begin = _vowel(line, line.syllables[-1 - line.ending.tail], form)
+        for place in range(begin, line.syllables[-1].end):
+            looks[place].add("hue")
+    for look, run in itertools.groupby(zip(looks, line.text, strict=True), lambda pair: pair[0]):
+        letters = _escaped("".join(letter for _, letter in run))
+        yield f'<span class="{" ".join(sorted(look))}">{letters}</span>' if look else letters
+
+
+def _vowel(line: Line, syllable: Syllable, form: Form) -> int:
+    """Where in the line the syllable has its vowel, or begins if none is spelt."""
+    vowel = re.search(LANGUAGES[form.language].VOWELS, line.text[syllable.start : syllable.end], re.I)
+    return syllable.start + (vowel.start() if vowel else 0)
