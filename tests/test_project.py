@@ -36,15 +36,19 @@ def test_the_tree_in_the_readme_is_the_tree_on_the_disk():
     named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
     rooms = {
         path.name
-        for path in ROOT.iterdir()
-        if path.is_dir() and not re.match(r"[.]|runs|data|.*egg-info", path.name)
+        for path in [*ROOT.iterdir(), *(ROOT / "nanogpt_hf").iterdir()]
+        if path.is_dir() and not re.match(r"[.]|runs$|data$|build$|.*egg-info|__pycache__", path.name)
         if not (path / "pyvenv.cfg").exists()  # a reader's virtual environment
     }
-    modules = {path.name for path in (ROOT / "nanogpt_hf").glob("*.py")} - {"__init__.py"}
-    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")}
-    assert rooms - {"__pycache__"} | modules | recipes <= named
+    assert rooms <= named and {"runs", "data"} <= named
     for name in named:
-        assert list(ROOT.glob(f"**/{name}")), name
+        assert (ROOT / name).is_dir() or (ROOT / "nanogpt_hf" / name).is_dir(), name
+
+
+def test_the_readme_names_every_recipe_and_no_line_is_wider_than_a_page():
+    for path in ROOT.glob("recipes/*.py"):
+        assert f"`{path.name}`" in README, path.name
+    assert max(map(len, README.splitlines())) <= 130
 
 
 class Parsed(Exception):
