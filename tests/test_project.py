@@ -62,10 +62,7 @@ def told(recipe, words, monkeypatch):
     spec.loader.exec_module(module)
 
     def read(cls, description, *arguments, **options):
-        defaults = options.get(
-            "defaults", arguments[0] if arguments and not isinstance(arguments[0], list) else {}
-        )
-        raise Parsed(parse(cls, description, words, defaults={} if callable(defaults) else defaults))
+        raise Parsed(parse(cls, description, words))
 
     for name in ("parse", "read_settings"):
         if hasattr(module, name):
