@@ -15,6 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
 from nanogpt_hf.analysis.planning import (
+    GPU,
     GPUS,
     Layout,
     activation_bytes,
@@ -251,6 +252,14 @@ def test_the_largest_micro_batch_fits_and_its_double_does_not():
     largest = plan_layout(size, Layout(), gpu, 1, 2**19)["largest_batch_size"]
     assert plan_layout(size, Layout(), gpu, largest, 2**19)["fits"]
     assert not plan_layout(size, Layout(), gpu, 2 * largest, 2**19)["fits"]
+
+
+def test_a_part_of_the_memory_is_never_planned_with():
+    """What needs all that a GPU was sold with does not fit: the context, NCCL and fragments take their part."""
+    size = size_of("gpt2")
+    needed = plan_layout(size, Layout(), GPUS["h100"], 4, 2**19)["memory_gib"]
+    assert not plan_layout(size, Layout(), GPU(needed * 1.001, 100), 4, 2**19)["fits"]
+    assert plan_layout(size, Layout(), GPU(needed * 1.15, 100), 4, 2**19)["fits"]
 
 
 # --- the recipe ---

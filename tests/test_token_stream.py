@@ -34,6 +34,14 @@ def test_an_epoch_reads_windows_side_by_side_without_replacement(length, block, 
     assert length - 1 - windows * block <= 2 * block  # little is left out, and another part each epoch
 
 
+def test_the_windows_of_an_epoch_begin_at_an_offset_of_its_own():
+    """Or the same T tokens would stand in one window for ever, and no prediction would cross its border."""
+    stream = TokenStream(np.arange(1000), 16)
+    per_epoch = stream.windows_per_epoch
+    offsets = [stream.starts(1, np.arange(per_epoch) + epoch * per_epoch).min() for epoch in range(200)]
+    assert set(offsets) == set(range(16))
+
+
 def test_batch_is_pure_and_rows_agree_with_any_partition():
     stream = TokenStream(np.arange(1000), 8)
     x, y = stream.batch(seed=1, step=5, batch_size=12, rows=slice(None))
