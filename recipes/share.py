@@ -4,9 +4,10 @@
     python recipes/share.py --model runs/tiny_shakespeare-char --hub_model_id shakespeare --hub_private_repo
     python recipes/share.py --model runs/tiny_shakespeare-char --output_dir plain
     python recipes/share.py --model runs/my_adapter --merge --output_dir plain
+    python recipes/share.py --model runs/tiny_shakespeare-char --hub_format gguf --output_dir shakespeare-gguf
 
-The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project; an adapter
-as it is, or with --merge as the whole model. Uploading needs a token: `hf auth login`. Doing it again sends only what
+The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project, or as a GGUF for
+llama.cpp, Ollama and LM Studio; an adapter as it is, or with --merge as the whole model. Uploading needs a token: `hf auth login`. Doing it again sends only what
 has changed.
 """
 
@@ -23,10 +24,13 @@ from nanogpt_hf.sharing.hub import check_push, push
 
 @dataclass
 class ShareSettings:
-    model: str | None = setting(None, "run folder, or any folder with a checkpoint of ours")
+    model: str | None = setting(
+        None, "run folder, or any folder with a checkpoint of ours; for gguf any GPT-2, Qwen3 or Llama"
+    )
     hub_model_id: str | None = setting(None, "upload to this name on the Hub, NAME or OWNER/NAME")
     hub_private_repo: bool = setting(False, "make the Hub repository private")
-    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt"] = setting("auto", "checkpoint format")
+    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt", "gguf"] = setting("auto", "checkpoint format")
+    quantization: Literal["f32", "bf16", "q8_0"] = setting("f32", "of the matrices of a GGUF")
     merge: bool = setting(False, "merge an adapter into its base")
     output_dir: str | None = setting(None, "write the checkpoint into this folder")
 
@@ -35,6 +39,8 @@ class ShareSettings:
             raise UserError("--model is missing: give a run folder.")
         if self.hub_model_id is None and self.output_dir is None:
             raise UserError("there is nothing to do: give --hub_model_id, --output_dir or both.")
+        if self.quantization != "f32" and self.hub_format != "gguf":
+            raise UserError(f"--quantization {self.quantization} is of a GGUF: add --hub_format gguf.")
         if self.output_dir and Path(self.output_dir).is_file():
             raise UserError(f"--output_dir {self.output_dir} is a file: give a folder.")
         if self.output_dir and Path(self.output_dir).is_dir() and any(Path(self.output_dir).iterdir()):
@@ -46,13 +52,20 @@ def main() -> None:
     if settings.hub_model_id:
         check_push(settings.hub_model_id, settings.hub_private_repo)
     if settings.output_dir:
-        export_run(settings.model, settings.output_dir, settings.hub_format, merge=settings.merge)
+        export_run(
+            settings.model,
+            settings.output_dir,
+            settings.hub_format,
+            merge=settings.merge,
+            quantization=settings.quantization,
+        )
         print(f"written to {settings.output_dir}")
     if settings.hub_model_id:
         options = {
             "private": settings.hub_private_repo,
             "format": settings.hub_format,
             "merge": settings.merge,
+            "quantization": settings.quantization,
         }
         print(f"shared at {push(settings.model, settings.hub_model_id, **options)}")
 

@@ -1,5 +1,5 @@
 // What llama.cpp makes of a GGUF file: node llama_cpp.mjs '{"modules": …, "model": …, "prompts": […], "new_tokens": …}'
-// prints, for each prompt, its token ids and those that follow greedily.
+// prints, for each prompt, its token ids, the text of these, and the ids that follow greedily.
 import {join} from "node:path";
 import {pathToFileURL} from "node:url";
 
@@ -19,7 +19,7 @@ for (const prompt of task.prompts) {
     if (task.new_tokens)
         for await (const token of sequence.evaluate(ids, {temperature: 0, yieldEogToken: true}))
             if (follow.push(token) >= task.new_tokens || model.isEogToken(token)) break;
-    answers.push({ids, follow, text: model.detokenize(follow, false, ids)});
+    answers.push({ids, follow, text: model.detokenize(ids, true)});
 }
 console.log(JSON.stringify({answers, sampling: model.fileInfo.metadata.general.sampling}));
 process.exit(0);

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
+from ..common.files import files_written_whole
 from .gguf_tokenizer import add_tokenizer
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ def export_gguf(
     tokenizer: PreTrainedTokenizerFast,
     folder: str | os.PathLike,
     quantization: str = "f32",
-    name: str = "model",
+    name: str | None = None,
 ) -> str:
     """`write_gguf` into a folder, with the Modelfile by which Ollama takes it in.
+
+    Args:
+        name: of the model, a Hub id among others; by default the folder's.
 
     Returns:
         The name of the GGUF file: the model's, and how it is quantised.
@@ -55,10 +59,12 @@ def export_gguf(
     Raises:
         UserError: as write_gguf.
     """
-    name = re.sub(r"[^\w.-]+", "-", name)
+    name = (name or Path(folder).resolve().name).split("/")[-1]
+    name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
     file = f"{name}-{quantization.upper()}.gguf"
-    write_gguf(model, tokenizer, Path(folder) / file, quantization, name)
-    (Path(folder) / "Modelfile").write_text(modelfile(model, tokenizer, file), encoding="utf-8")
+    with files_written_whole(Path(folder)) as staging:
+        write_gguf(model, tokenizer, staging / file, quantization, name)
+        (staging / "Modelfile").write_text(modelfile(model, tokenizer, file), encoding="utf-8")
     return file
 
 
