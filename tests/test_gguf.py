@@ -41,7 +41,7 @@ PASSAGE = (
     "lour'd upon our house\n\tin the deep bosom of the ocean buried. Now are our brows bound with victorious wreaths.\n"
 )
 UNSEEN = {*"ё👩💻\u2581"}
-PROMPTS = ["Now is the winter of", "зелёный клён\n\n ", "и тёмный мёд 👩‍💻", "a\u2581b \u2581 <0x0A>"]
+PROMPTS = ["Now is the winter of", "зелёный клён\n\n ", "и тёмный мёд 👩‍💻", "a\u2581b \u2581 <0x0A>,"]
 PLAIN = {
     "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_inner": 96}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}),
@@ -305,17 +305,13 @@ def run_llama_cpp(path, prompts, new_tokens=200):
     return json.loads(done.stdout.splitlines()[-1])["answers"]
 
 
-def learn_by_heart(model, tokenizer, steps=200):
-    """Until what follows a piece of the passage is beyond doubt, wherever in the context the piece stands."""
-    ids = torch.tensor(tokenizer(PASSAGE * 2, add_special_tokens=False).input_ids)
-    length = min(256, len(ids) // 2)
+def learn_by_heart(model, tokenizer, steps=150):
+    """Until what follows each prompt in the passage is beyond doubt."""
+    texts = [PASSAGE[PASSAGE.index(prompt) :] + PASSAGE for prompt in PROMPTS]
+    x = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids[:230] for text in texts])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    generator = torch.Generator().manual_seed(0)
-    model.train()
     for _ in range(steps):
-        starts = torch.randint(0, len(ids) - length, (4,), generator=generator)
-        x = torch.stack([ids[start : start + length] for start in starts])
         model(input_ids=x, labels=x).loss.backward()
         optimizer.step()
         schedule.step()
@@ -323,8 +319,8 @@ def learn_by_heart(model, tokenizer, steps=200):
     return model.eval()
 
 
-def assert_llama_cpp_says_the_same(path, model, tokenizer, prompts, new_tokens=200):
-    for prompt, answer in zip(prompts, run_llama_cpp(path, prompts, new_tokens), strict=True):
+def assert_llama_cpp_says_the_same(path, model, tokenizer, new_tokens=200):
+    for prompt, answer in zip(PROMPTS, run_llama_cpp(path, PROMPTS, new_tokens), strict=True):
         ids = tokenizer(prompt).input_ids
         assert answer["ids"] == ids and answer["text"] == prompt
         said = model.generate(torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False)[0, len(ids) :]
@@ -339,8 +335,9 @@ def test_llama_cpp_says_the_same_200_tokens(family, kind, tmp_path):
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
     model = learn_by_heart(plain_model(family, tokenizer, **dropout), tokenizer)
     write_gguf(model, tokenizer, tmp_path / "f32.gguf")
-    prompts = PROMPTS + [f"{END_OF_TEXT}Now <poem> is <|verse|>"] * (kind == "bpe")
-    assert_llama_cpp_says_the_same(tmp_path / "f32.gguf", model, tokenizer, prompts)
+    assert_llama_cpp_says_the_same(tmp_path / "f32.gguf", model, tokenizer)
+    marked = f"{END_OF_TEXT}Now <poem> is <|verse|>"
+    assert run_llama_cpp(tmp_path / "f32.gguf", [marked], 0)[0]["ids"] == tokenizer(marked).input_ids
     for quantization in ("bf16", "q8_0"):
         write_gguf(model, tokenizer, tmp_path / quantization, quantization)
         answers = run_llama_cpp(tmp_path / quantization, PROMPTS, 8)
