@@ -7,8 +7,8 @@
     python recipes/share.py --model runs/tiny_shakespeare-char --hub_format gguf --output_dir shakespeare-gguf
 
 The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project, or as a GGUF for
-llama.cpp, Ollama and LM Studio; an adapter as it is, or with --merge as the whole model. Uploading needs a token: `hf auth login`. Doing it again sends only what
-has changed.
+llama.cpp, Ollama and LM Studio; an adapter as it is, or with --merge as the whole model. Uploading needs a token:
+`hf auth login`. Doing it again sends only what has changed.
 """
 
 from dataclasses import dataclass

@@ -97,12 +97,16 @@ def export(
     tokenizer.save_pretrained(folder)
     if format != "nanogpt":
         _make_tokenizer_plain(folder, tokenizer, model.config.vocab_size)
-    if format == "qwen3":
-        # Before transformers 5 the base of the rotary frequencies was a field of its own.
-        _edit_json(
-            folder / "config.json", lambda config: config | {"rope_theta": float(model.config.rope_theta)}
-        )
+        asked_for = _fields_asked_for(model.config, format)
+        _edit_json(folder / "config.json", lambda config: config | asked_for)
     return format
+
+
+def _fields_asked_for(config: NanoGPTConfig, format: str) -> dict:
+    """What transformers 5 does not write but others read: llama.cpp's converter (gpt2), transformers 4 (qwen3)."""
+    if format == "gpt2":
+        return {"n_ctx": config.n_positions, "n_inner": config.inner_size}
+    return {"rope_theta": float(config.rope_theta)}
 
 
 def _plain_model(model: NanoGPTForCausalLM, format: str) -> PreTrainedModel:
