@@ -56,6 +56,7 @@ setup(
             "types-tqdm",
         ],
         "verse": ["pronouncing>=0.3", "silero-stress>=1.5"],
+        "trl": ["trl>=1.16"],
         "interop": ["ctranslate2>=4.6", "tiktoken>=0.8"],
     },
 )

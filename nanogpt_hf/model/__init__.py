@@ -1,5 +1,10 @@
 from .configuration_nanogpt import ARCHITECTURES, NanoGPTConfig
-from .modeling_nanogpt import NanoGPTForCausalLM, NanoGPTModel, NanoGPTPreTrainedModel
+from .modeling_nanogpt import (
+    NanoGPTForCausalLM,
+    NanoGPTForSequenceClassification,
+    NanoGPTModel,
+    NanoGPTPreTrainedModel,
+)
 from .presets import PRESETS, Preset, find_preset, preset_config
 
 __all__ = [
@@ -9,6 +14,7 @@ __all__ = [
     "find_preset",
     "NanoGPTConfig",
     "NanoGPTForCausalLM",
+    "NanoGPTForSequenceClassification",
     "NanoGPTModel",
     "NanoGPTPreTrainedModel",
     "preset_config",
