@@ -44,16 +44,8 @@ def __dir__() -> list[str]:
 
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
 def _register(auto: ModuleType) -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
-
-    from .model import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTForSequenceClassification, NanoGPTModel
-
-    AutoConfig.register("nanogpt", NanoGPTConfig, exist_ok=True)
-    auto.AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)
-    auto.AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTForCausalLM, exist_ok=True)
-    auto.AutoModelForSequenceClassification.register(
-        NanoGPTConfig, NanoGPTForSequenceClassification, exist_ok=True
-    )
+    # Which registers at its end. It may be what imports transformers, and then be half imported at this moment.
+    import_module(f"{__name__}.model")
 
 
 @wrapt.when_imported("peft.utils.constants")

@@ -187,3 +187,25 @@ def test_trl_reward(architecture, tokenizer, tmp_path):
     scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
     rows = [{"chosen": "To be, or not to be", "rejected": "To be or maybe"}] * 8
     train_with_trl("Reward", scorer, tokenizer, rows, tmp_path)
+
+
+# --- transformers' auto classes ---
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "import nanogpt_hf\nfrom transformers import AutoModelForCausalLM",
+        "import transformers\nfrom nanogpt_hf import NanoGPTForCausalLM\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM\nimport nanogpt_hf",
+    ],
+)
+def test_the_auto_classes_know_our_model_whatever_is_imported_first(lines):
+    code = lines + (
+        "\nfrom transformers import AutoConfig, AutoModelForSequenceClassification"
+        "\nconfig = AutoConfig.for_model('nanogpt', n_layer=1, n_head=1, n_embd=8, vocab_size=8)"
+        "\nfor auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):"
+        "\n    print(type(auto.from_config(config)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["NanoGPTForCausalLM", "NanoGPTForSequenceClassification"], done.stderr

@@ -1,3 +1,7 @@
+"""The network and its config, registered with transformers' auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from .configuration_nanogpt import ARCHITECTURES, NanoGPTConfig
 from .modeling_nanogpt import (
     NanoGPTForCausalLM,
@@ -19,3 +23,8 @@ __all__ = [
     "NanoGPTPreTrainedModel",
     "preset_config",
 ]
+
+AutoConfig.register("nanogpt", NanoGPTConfig, exist_ok=True)
+AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)
+AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(NanoGPTConfig, NanoGPTForSequenceClassification, exist_ok=True)
