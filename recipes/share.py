@@ -4,10 +4,13 @@
     python recipes/share.py --model runs/tiny_shakespeare-char --hub_model_id shakespeare --hub_private_repo
     python recipes/share.py --model runs/tiny_shakespeare-char --output_dir plain
     python recipes/share.py --model runs/my_adapter --merge --output_dir plain
+    python recipes/share.py --model runs/tiny_shakespeare-char --hub_format gguf --output_dir shakespeare-gguf
+    python recipes/share.py --from_nanogpt out-shakespeare-char --output_dir runs/from_nanogpt
 
-The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project; an adapter
-as it is, or with --merge as the whole model. Uploading needs a token: `hf auth login`. Doing it again sends only what
-has changed.
+The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project, or as a GGUF for
+llama.cpp, Ollama and LM Studio; an adapter as it is, or with --merge as the whole model. Uploading needs a token:
+`hf auth login`. Doing it again sends only what has changed. The other way, a checkpoint of nanoGPT becomes a run
+folder, with which all else here works.
 """
 
 from dataclasses import dataclass
@@ -19,22 +22,33 @@ from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.sharing.export import export_run
 from nanogpt_hf.sharing.hub import check_push, push
+from nanogpt_hf.sharing.nanogpt_import import GPT2_TOKENIZER, import_nanogpt
 
 
 @dataclass
 class ShareSettings:
-    model: str | None = setting(None, "run folder, or any folder with a checkpoint of ours")
+    model: str | None = setting(
+        None, "run folder, or any folder with a checkpoint of ours; for gguf any GPT-2, Qwen3 or Llama"
+    )
     hub_model_id: str | None = setting(None, "upload to this name on the Hub, NAME or OWNER/NAME")
     hub_private_repo: bool = setting(False, "make the Hub repository private")
-    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt"] = setting("auto", "checkpoint format")
+    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt", "gguf"] = setting("auto", "checkpoint format")
+    quantization: Literal["f32", "bf16", "q8_0"] = setting("f32", "of the matrices of a GGUF")
     merge: bool = setting(False, "merge an adapter into its base")
     output_dir: str | None = setting(None, "write the checkpoint into this folder")
+    from_nanogpt: str | None = setting(None, "nanoGPT's out_dir, whose ckpt.pt to write into --output_dir")
+    text: str | None = setting(None, "the text that nanoGPT's characters are from, if there is no meta.pkl")
+    tokenizer: str = setting(GPT2_TOKENIZER, "that nanoGPT's subwords are from, a folder or Hub id")
 
     def __post_init__(self):
-        if self.model is None:
+        if self.from_nanogpt and (self.model or self.hub_model_id or not self.output_dir):
+            raise UserError("--from_nanogpt goes with --output_dir alone: write the run folder first, then share it.")
+        if self.model is None and self.from_nanogpt is None:
             raise UserError("--model is missing: give a run folder.")
         if self.hub_model_id is None and self.output_dir is None:
             raise UserError("there is nothing to do: give --hub_model_id, --output_dir or both.")
+        if self.quantization != "f32" and self.hub_format != "gguf":
+            raise UserError(f"--quantization {self.quantization} is of a GGUF: add --hub_format gguf.")
         if self.output_dir and Path(self.output_dir).is_file():
             raise UserError(f"--output_dir {self.output_dir} is a file: give a folder.")
         if self.output_dir and Path(self.output_dir).is_dir() and any(Path(self.output_dir).iterdir()):
@@ -43,16 +57,27 @@ class ShareSettings:
 
 def main() -> None:
     settings = parse(ShareSettings, __doc__)
+    if settings.from_nanogpt:
+        import_nanogpt(settings.from_nanogpt, settings.output_dir, settings.text, settings.tokenizer)
+        print(f"written to {settings.output_dir}")
+        return
     if settings.hub_model_id:
         check_push(settings.hub_model_id, settings.hub_private_repo)
     if settings.output_dir:
-        export_run(settings.model, settings.output_dir, settings.hub_format, merge=settings.merge)
+        export_run(
+            settings.model,
+            settings.output_dir,
+            settings.hub_format,
+            merge=settings.merge,
+            quantization=settings.quantization,
+        )
         print(f"written to {settings.output_dir}")
     if settings.hub_model_id:
         options = {
             "private": settings.hub_private_repo,
             "format": settings.hub_format,
             "merge": settings.merge,
+            "quantization": settings.quantization,
         }
         print(f"shared at {push(settings.model, settings.hub_model_id, **options)}")
 

@@ -85,6 +85,8 @@ def offences(source: str) -> list[str]:
             found += [name for name in names if name.split(".")[0] in FORBIDDEN_MODULES]
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
+            if name == "torch.load" and "weights_only=True" in map(ast.unparse, node.keywords):
+                continue
             found += (
                 [name] if name in FORBIDDEN_CALLS or re.match(r"os\.(exec|spawn|posix_spawn)", name) else []
             )
@@ -110,6 +112,7 @@ def test_no_pickle_no_eval_no_shell():
         "import pickle",
         "from torch import load; eval('1')",
         "import torch; torch.load('x')",
+        "import torch; torch.load('x', weights_only=False)",
         "os.system('ls')",
         "run('ls', shell=True)",
         "yaml.load(text)",

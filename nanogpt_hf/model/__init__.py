@@ -1,5 +1,14 @@
+"""The network and its config, registered with transformers' auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from .configuration_nanogpt import ARCHITECTURES, NanoGPTConfig
-from .modeling_nanogpt import NanoGPTForCausalLM, NanoGPTModel, NanoGPTPreTrainedModel
+from .modeling_nanogpt import (
+    NanoGPTForCausalLM,
+    NanoGPTForSequenceClassification,
+    NanoGPTModel,
+    NanoGPTPreTrainedModel,
+)
 from .presets import PRESETS, Preset, find_preset, preset_config
 
 __all__ = [
@@ -9,7 +18,13 @@ __all__ = [
     "find_preset",
     "NanoGPTConfig",
     "NanoGPTForCausalLM",
+    "NanoGPTForSequenceClassification",
     "NanoGPTModel",
     "NanoGPTPreTrainedModel",
     "preset_config",
 ]
+
+AutoConfig.register("nanogpt", NanoGPTConfig, exist_ok=True)
+AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)
+AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(NanoGPTConfig, NanoGPTForSequenceClassification, exist_ok=True)

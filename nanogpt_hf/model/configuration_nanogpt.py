@@ -52,11 +52,12 @@ class NanoGPTConfig(GPT2Config):
         self.architecture = next(
             (name for name, preset in ARCHITECTURES.items() if preset == switches), "custom"
         )
-        # AutoModel cannot be written by save_pretrained of the head class, so all three are named here.
+        # AutoModel cannot be written by save_pretrained of the head class, so all are named here.
         self.auto_map = {
             "AutoConfig": "configuration_nanogpt.NanoGPTConfig",
             "AutoModel": "modeling_nanogpt.NanoGPTModel",
             "AutoModelForCausalLM": "modeling_nanogpt.NanoGPTForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_nanogpt.NanoGPTForSequenceClassification",
         }
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)

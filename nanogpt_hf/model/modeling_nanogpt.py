@@ -24,7 +24,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -199,6 +199,14 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
 
 
+def fits_context(config: NanoGPTConfig, tokens: int, position_ids: torch.LongTensor | None) -> bool:
+    """Whether so many tokens, the past ones among them, have places; of texts packed into a row each begins at 0."""
+    if tokens <= config.n_positions or position_ids is None:
+        return tokens <= config.n_positions
+    # Asking stalls the device, but only here, and the mask of packed texts asks it too.
+    return torch.compiler.is_compiling() or bool((position_ids < config.n_positions).all())
+
+
 class NanoGPTModel(NanoGPTPreTrainedModel):
     """Token ids (B T) to the last hidden states (B T C)."""
 
@@ -241,7 +249,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         # A static cache counts in a tensor and bounds its own length; asking it would stall the device.
-        if T + (past if isinstance(past, int) else 0) > self.config.n_positions:
+        if not fits_context(self.config, T + (past if isinstance(past, int) else 0), position_ids):
             raise ValueError(
                 f"The sequence has {T + past} tokens, more than the model's context of {self.config.n_positions} "
                 "(n_positions): shorten it, or generate with nanogpt_hf.generation, which slides the window."
@@ -415,6 +423,20 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         return model.eval(), info
 
 
+class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPTPreTrainedModel):
+    """The network with num_labels scores for a text (B num_labels), read off its last token that is no padding."""
+
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: NanoGPTConfig):
+        # Not the generic one: it asks AutoModel for the network, which knows none that came with a checkpoint.
+        NanoGPTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = NanoGPTModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+
 def describe_misfit(info: dict, ignore_mismatched_sizes: bool) -> str | None:
     """What transformers found wrong while it loaded weights, in a few words, or None."""
     for key, saved, wanted in sorted(info["mismatched_keys"]):
@@ -470,5 +492,6 @@ def qwen3_state_dict(model: NanoGPTForCausalLM) -> dict[str, torch.Tensor]:
 
 NanoGPTModel.register_for_auto_class("AutoModel")
 NanoGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+NanoGPTForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["NanoGPTForCausalLM", "NanoGPTModel", "NanoGPTPreTrainedModel"]
+__all__ = ["NanoGPTForCausalLM", "NanoGPTForSequenceClassification", "NanoGPTModel", "NanoGPTPreTrainedModel"]

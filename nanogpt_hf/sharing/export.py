@@ -1,4 +1,4 @@
-"""A checkpoint in a format that others read: transformers' own gpt2 and qwen3, or ours with its code."""
+"""A checkpoint in a format that others read: transformers' own gpt2 and qwen3, GGUF, or ours with its code."""
 
 import copy
 import json
@@ -21,9 +21,10 @@ from ..common.errors import UserError
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
 from ..model.configuration_nanogpt import qwen3_fields
-from ..model.loading import load_native
+from ..model.loading import load_model_and_tokenizer, load_native
 from ..model.modeling_nanogpt import qwen3_state_dict
 from ..training.lora import load_merged
+from .gguf import export_gguf
 from .model_card import write_card
 
 PLAIN_FORMAT = {"gpt2": "gpt2", "modern": "qwen3"}  # architecture -> the format that other tools know it by
@@ -43,12 +44,12 @@ def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
         plain = None  # Qwen3 always divides its scores by the root of the head size
     if format == "auto":
         return plain or "nanogpt"
-    if format not in (*PLAIN_FORMAT.values(), "nanogpt"):
-        raise UserError(f"there is no format {format!r}: use auto, gpt2, qwen3 or nanogpt.")
-    if format not in (plain, "nanogpt"):
+    if format not in (*PLAIN_FORMAT.values(), "nanogpt", "gguf"):
+        raise UserError(f"there is no format {format!r}: use auto, gpt2, qwen3, nanogpt or gguf.")
+    if format not in (plain, "nanogpt") and not (plain and format == "gguf"):
         raise UserError(
             f"a model of the {config.architecture} architecture cannot be written in the format {format}: use "
-            f"{f'{plain}, ' if plain else ''}nanogpt or auto."
+            f"{f'{plain}, gguf, ' if plain else ''}nanogpt or auto."
         )
     return format
 
@@ -58,12 +59,17 @@ def export(
     tokenizer: PreTrainedTokenizerFast,
     folder: str | os.PathLike,
     format: str = "auto",
+    quantization: str = "f32",
+    name: str | None = None,
 ) -> str:
     """Write model, tokenizer and generation config into a folder, as one complete checkpoint.
 
     Args:
         format: gpt2 (for the gpt2 architecture) and qwen3 (for modern) need no code of ours to be read; nanogpt
-            ships it; auto takes the plain format of the architecture, nanogpt if it has none.
+            ships it; gguf is the plain one for llama.cpp; auto takes the plain format of the architecture, nanogpt
+            if it has none.
+        quantization: of a GGUF: f32, bf16 or q8_0.
+        name: of a GGUF, by default the folder's.
 
     Returns:
         The format written.
@@ -77,6 +83,11 @@ def export(
             "checkpoints with NanoGPTForCausalLM.from_pretrained."
         )
     format, folder = choose_format(model.config, format), Path(folder)
+    if format == "gguf":
+        plain = _plain_model(model, PLAIN_FORMAT[model.config.architecture])
+        plain.generation_config = model.generation_config
+        export_gguf(plain, tokenizer, folder, quantization, name)
+        return format
     generation = copy.deepcopy(model.generation_config)
     generation._from_model_config = False
     generation.max_length = model.config.n_positions  # or a pipeline's default runs past the context
@@ -86,12 +97,16 @@ def export(
     tokenizer.save_pretrained(folder)
     if format != "nanogpt":
         _make_tokenizer_plain(folder, tokenizer, model.config.vocab_size)
-    if format == "qwen3":
-        # Before transformers 5 the base of the rotary frequencies was a field of its own.
-        _edit_json(
-            folder / "config.json", lambda config: config | {"rope_theta": float(model.config.rope_theta)}
-        )
+        asked_for = _fields_asked_for(model.config, format)
+        _edit_json(folder / "config.json", lambda config: config | asked_for)
     return format
+
+
+def _fields_asked_for(config: NanoGPTConfig, format: str) -> dict:
+    """What transformers 5 does not write but others read: llama.cpp's converter (gpt2), transformers 4 (qwen3)."""
+    if format == "gpt2":
+        return {"n_ctx": config.n_positions, "n_inner": config.inner_size}
+    return {"rope_theta": float(config.rope_theta)}
 
 
 def _plain_model(model: NanoGPTForCausalLM, format: str) -> PreTrainedModel:
@@ -145,18 +160,24 @@ def export_run(
     format: str = "auto",
     name: str | None = None,
     merge: bool = False,
+    quantization: str = "f32",
 ) -> None:
     """`export` of the best model of a run folder, or of any checkpoint of ours, with its card and loss curve.
+
+    As GGUF also of any GPT-2, Qwen3 or Llama that transformers loads, with a tokenizer that llama.cpp has.
 
     Args:
         name: what the card's lines load, a Hub id; by default the target's name.
         merge: merge an adapter into its base; without, an adapter is copied as it is.
+        quantization: of a GGUF: f32, bf16 or q8_0.
 
     Raises:
         UserError: the folder holds no checkpoint that can be read, or none that can be written in that format.
     """
     folder, target = Path(folder), Path(target)
     is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter and format == "gguf" and not merge:
+        raise UserError(f"{folder} holds an adapter, which is no model for llama.cpp: merge it (--merge).")
     if is_adapter and not merge:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
             "base_model_name_or_path"
@@ -174,11 +195,17 @@ def export_run(
     else:
         if is_adapter:
             model, tokenizer = load_merged(folder)
+        elif format == "gguf":
+            model, tokenizer = load_model_and_tokenizer(str(folder))
         elif (folder / "config.json").is_file():
             model, tokenizer = load_native(folder), load_tokenizer(str(folder))
         else:
             raise UserError(f"{folder} holds no config.json: give a run folder.")
-        written = export(model, tokenizer, target, format)
+        if format == "gguf" and not isinstance(model, NanoGPTForCausalLM):
+            export_gguf(model, tokenizer, target, quantization, name)
+            written = format
+        else:
+            written = export(model, tokenizer, target, format, quantization, name)
     write_card(folder, target, format=written, name=name)
     if (folder / "loss_curve.png").exists():
         shutil.copy(folder / "loss_curve.png", target)

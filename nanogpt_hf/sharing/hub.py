@@ -132,6 +132,7 @@ def push(
     private: bool = False,
     format: str = "auto",
     merge: bool = False,
+    quantization: str = "f32",
     pauses: tuple[float, ...] = PAUSES,
     timeout: float = TIMEOUT,
     tell: Callable[[str], None] = print,
@@ -142,6 +143,7 @@ def push(
         repo_id: NAME or OWNER/NAME; made if it does not exist.
         private: make it private.
         merge: of an adapter, upload the base with the adapter merged into it.
+        quantization: of a GGUF: f32, bf16 or q8_0.
         pauses: seconds before each new try; where the Hub names a time, that is waited instead.
         timeout: seconds without a byte from the Hub after which a try has failed.
         tell: prints a line.
@@ -157,12 +159,13 @@ def push(
         if "/" not in repo_id:
             repo_id = f"{_persist(api.whoami, pauses, timeout, tell)['name']}/{repo_id}"
         with TemporaryDirectory() as staging:
-            export_run(folder, staging, format, repo_id, merge)
+            export_run(folder, staging, format, repo_id, merge, quantization)
             _persist(lambda: _upload(api, repo_id, Path(staging), private, timeout), pauses, timeout, tell)
     except FAILURES as error:
         words = [*command("share").split(), "--model", str(folder), "--hub_model_id", repo_id]
         words += ["--hub_private_repo"] if private else []
         words += ["--hub_format", format] if format != "auto" else []
+        words += ["--quantization", quantization] if quantization != "f32" else []
         words += ["--merge"] if merge else []
         # The causes are left out: a library's message may quote the token.
         raise UserError(

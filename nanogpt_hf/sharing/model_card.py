@@ -6,6 +6,7 @@ Everything that it quotes, a sample above all, stays a quotation: it can neither
 import json
 import os
 import re
+import shlex
 from math import isfinite, prod
 from pathlib import Path
 
@@ -39,6 +40,9 @@ LOADING = {
         'generate = pipeline("text-generation", model, tokenizer=tokenizer)\n'
     ),
 }
+LLAMA_CPP = """llama-completion -m {file} -no-cnv -p {prompt}    # llama.cpp
+ollama create {name} -f Modelfile && ollama run {name} {prompt}    # Ollama
+lms import {file}    # LM Studio, whose completions then show it"""
 
 
 def write_card(
@@ -80,7 +84,7 @@ def write_card(
 
     data = ModelCardData(
         language=corpus.get("language"),
-        library_name="peft" if format == "adapter" else "transformers",
+        library_name={"adapter": "peft", "gguf": "gguf"}.get(format, "transformers"),
         pipeline_tag="text-generation",
         tags=["nanogpt_hf", *([config["architecture"]] if "architecture" in config else [])],
         datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source", "")) or None,
@@ -91,9 +95,9 @@ def write_card(
     )
     body = [
         f"# {_plain_words(name.split('/')[-1])}",
-        _opening_words(format, config, target, corpus_name, base),
+        _opening_words(format, config, folder if format == "gguf" else target, corpus_name, base),
     ]
-    body += ["## Use", _fenced(_loading_lines(name, format, samples), "python")]
+    body += ["## Use", _loading_block(target, name, format, samples)]
     if corpus:
         body += ["## Corpus", _corpus_words(corpus)]
     if best:
@@ -184,12 +188,17 @@ def _opening_words(format: str, config: dict, folder: Path, corpus_name: str | N
     return words + "."
 
 
-def _loading_lines(name: str, format: str, samples: str) -> str:
+def _loading_block(target: Path, name: str, format: str, samples: str) -> str:
     prompt = next((line for line in samples.split("\n") if line.strip()), "\n")[:20]
+    if format == "gguf":
+        file = next(target.glob("*.gguf")).name
+        short = file.rpartition("-")[0].lower()
+        return _fenced(LLAMA_CPP.format(file=file, name=short, prompt=shlex.quote(printable(prompt))), "bash")
     lines = LOADING[format if format in LOADING else "plain"].format(
         name=json.dumps(name, ensure_ascii=False)
     )
-    return lines + f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
+    lines += f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
+    return _fenced(lines, "python")
 
 
 def _corpus_words(corpus: dict) -> str:

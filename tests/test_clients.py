@@ -1,0 +1,211 @@
+"""Training tools of others on our own class: peft with its defaults, and TRL's trainers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTForSequenceClassification
+from nanogpt_hf.data.tokenization import train_char_tokenizer
+
+TEXT = (
+    "Мой дядя самых честных правил, когда не в шутку занемог.\nTo be, or not to be: that is the question.\n"
+)
+ARCHITECTURES = ("gpt2", "modern")
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_char_tokenizer([TEXT])
+
+
+def make(architecture, tokenizer, n_positions=64):
+    end = tokenizer.eos_token_id
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "vocab_size": len(tokenizer)}
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": n_positions}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    torch.manual_seed(0)
+    return NanoGPTForCausalLM(NanoGPTConfig(architecture=architecture, **sizes | special | dropout)).eval()
+
+
+# --- peft ---
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", [LoraConfig, IA3Config, VeraConfig])
+def test_peft_needs_no_names_of_layers(method, architecture, tokenizer):
+    adapted = get_peft_model(make(architecture, tokenizer), method(task_type="CAUSAL_LM"))
+    names = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert names and all("c_attn" in name or "c_proj" in name or "vera" in name for name in names)
+    ids = torch.tensor([tokenizer(TEXT[:40]).input_ids])
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters())
+
+
+def test_peft_is_told_when_it_is_imported_and_not_before():
+    code = (
+        "import sys, transformers, nanogpt_hf\n"
+        "from nanogpt_hf import NanoGPTConfig\n"
+        "assert 'peft' not in sys.modules\n"
+        "import peft.utils.constants as constants\n"
+        "mapping = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING\n"
+        "assert mapping['nanogpt'] == mapping['gpt2']\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- texts packed into a row ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_texts_longer_than_the_context_do_not_see_one_another(architecture, tokenizer):
+    model = make(architecture, tokenizer, n_positions=32)
+    ids = torch.tensor([tokenizer(TEXT).input_ids[:60]])
+    lengths = (30, 10, 20)
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = model(ids, position_ids=places, use_cache=False).logits
+    apart = torch.cat([model(part).logits for part in ids.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(packed, apart, atol=1e-5, rtol=0)
+    for given in ({}, {"position_ids": torch.arange(60)[None]}):
+        with pytest.raises(ValueError, match="60 tokens, more than the model's context of 32"):
+            model(ids, **given)
+
+
+# --- a score for a text ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_language_model_becomes_a_classifier_that_others_load(architecture, tokenizer, tmp_path):
+    model = make(architecture, tokenizer)
+    model.save_pretrained(tmp_path / "language")
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "language", num_labels=3).eval()
+    assert type(scorer) is NanoGPTForSequenceClassification
+    weights = model.transformer.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in scorer.transformer.state_dict().items())
+    batch = tokenizer(["To be", "or not to be:"], padding=True, padding_side="right", return_tensors="pt")
+    scores = scorer(**batch).logits
+    for score, text in zip(scores, ["To be", "or not to be:"], strict=True):
+        alone = model.transformer(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
+        torch.testing.assert_close(score, scorer.score(alone), atol=1e-5, rtol=0)
+    scorer.save_pretrained(tmp_path / "scorer")
+    reader = (
+        "import sys; sys.modules['nanogpt_hf'] = None\n"
+        "import torch\n"
+        "from transformers import AutoModelForSequenceClassification\n"
+        "scorer = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "print(type(scorer).__name__, scorer(torch.tensor([[5, 6, 7]])).logits.tolist())\n"
+    )
+    command = [sys.executable, "-I", "-W", "ignore", "-c", reader, str(tmp_path / "scorer")]
+    env = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    expected = scorer(torch.tensor([[5, 6, 7]])).logits.tolist()
+    assert done.stdout.splitlines()[-1] == f"NanoGPTForSequenceClassification {expected}"
+
+
+# --- TRL ---
+
+
+def train_with_trl(name, model, tokenizer, rows, tmp_path, options=None, **others):
+    trl = pytest.importorskip("trl", reason="trl is not installed (extra trl)")
+    arguments = getattr(trl, f"{name}Config")(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+        use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, **options or {},
+    )  # fmt: skip
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        **others,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert any(not torch.equal(before[key], weight) for key, weight in model.state_dict().items())
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl_sft(packing, architecture, tokenizer, tmp_path):
+    rows = [{"text": TEXT[start : start + 30]} for start in range(0, 60, 3)]
+    options = {"packing": packing, "max_length": 50}
+    if packing:
+        options["packing_strategy"] = "bfd"
+    train_with_trl("SFT", make(architecture, tokenizer, 40), tokenizer, rows, tmp_path, options)
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_trl_dpo(architecture, tokenizer, tmp_path):
+    rows = [{"prompt": "To be", "chosen": ", or not to be", "rejected": " or maybe"}] * 8
+    make(architecture, tokenizer).save_pretrained(
+        tmp_path / "base"
+    )  # the reference is loaded from where it lies
+    model = NanoGPTForCausalLM.from_pretrained(tmp_path / "base")
+    train_with_trl("DPO", model, tokenizer, rows, tmp_path)
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_trl_grpo(architecture, tokenizer, tmp_path):
+    def the_later_the_better(completions, **kwargs):
+        return [float(number) for number, _ in enumerate(completions)]
+
+    options = {"num_generations": 2, "max_completion_length": 16}
+    rows = [{"prompt": "To be"}] * 8
+    train_with_trl(
+        "GRPO",
+        make(architecture, tokenizer),
+        tokenizer,
+        rows,
+        tmp_path,
+        options,
+        reward_funcs=the_later_the_better,
+    )
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_trl_reward(architecture, tokenizer, tmp_path):
+    make(architecture, tokenizer).save_pretrained(tmp_path / "base")
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    rows = [{"chosen": "To be, or not to be", "rejected": "To be or maybe"}] * 8
+    train_with_trl("Reward", scorer, tokenizer, rows, tmp_path)
+
+
+# --- transformers' auto classes ---
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "import nanogpt_hf\nfrom transformers import AutoModelForCausalLM",
+        "import transformers\nfrom nanogpt_hf import NanoGPTForCausalLM\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM\nimport nanogpt_hf",
+    ],
+)
+def test_the_auto_classes_know_our_model_whatever_is_imported_first(lines):
+    code = lines + (
+        "\nfrom transformers import AutoConfig, AutoModelForSequenceClassification"
+        "\nconfig = AutoConfig.for_model('nanogpt', n_layer=1, n_head=1, n_embd=8, vocab_size=8)"
+        "\nfor auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):"
+        "\n    print(type(auto.from_config(config)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["NanoGPTForCausalLM", "NanoGPTForSequenceClassification"], done.stderr
