@@ -4,10 +4,11 @@
     python recipes/share.py --model runs/tiny_shakespeare-char --hub_model_id shakespeare --hub_private_repo
     python recipes/share.py --model runs/tiny_shakespeare-char --output_dir plain
     python recipes/share.py --model runs/my_adapter --merge --output_dir plain
+    python recipes/share.py --model runs/tiny_shakespeare-char --page page
 
 The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project; an adapter
 as it is, or with --merge as the whole model. Uploading needs a token: `hf auth login`. Doing it again sends only what
-has changed.
+has changed. --page makes a folder with a page that writes in the visitor's browser, for any web server or a static Space.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.sharing.export import export_run
 from nanogpt_hf.sharing.hub import check_push, push
+from nanogpt_hf.sharing.static_page import write_page
 
 
 @dataclass
@@ -26,19 +28,21 @@ class ShareSettings:
     model: str | None = setting(None, "run folder, or any folder with a checkpoint of ours")
     hub_model_id: str | None = setting(None, "upload to this name on the Hub, NAME or OWNER/NAME")
     hub_private_repo: bool = setting(False, "make the Hub repository private")
-    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt"] = setting("auto", "checkpoint format")
+    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt", "onnx"] = setting("auto", "checkpoint format")
     merge: bool = setting(False, "merge an adapter into its base")
     output_dir: str | None = setting(None, "write the checkpoint into this folder")
+    page: str | None = setting(None, "write a page that runs the model in the browser into this folder")
 
     def __post_init__(self):
         if self.model is None:
             raise UserError("--model is missing: give a run folder.")
-        if self.hub_model_id is None and self.output_dir is None:
-            raise UserError("there is nothing to do: give --hub_model_id, --output_dir or both.")
-        if self.output_dir and Path(self.output_dir).is_file():
-            raise UserError(f"--output_dir {self.output_dir} is a file: give a folder.")
-        if self.output_dir and Path(self.output_dir).is_dir() and any(Path(self.output_dir).iterdir()):
-            raise UserError(f"--output_dir {self.output_dir} is not empty: choose another folder.")
+        if self.hub_model_id is None and self.output_dir is None and self.page is None:
+            raise UserError("there is nothing to do: give --hub_model_id, --output_dir or --page.")
+        for flag, folder in (("--output_dir", self.output_dir), ("--page", self.page)):
+            if folder and Path(folder).is_file():
+                raise UserError(f"{flag} {folder} is a file: give a folder.")
+            if folder and Path(folder).is_dir() and any(Path(folder).iterdir()):
+                raise UserError(f"{flag} {folder} is not empty: choose another folder.")
 
 
 def main() -> None:
@@ -48,6 +52,11 @@ def main() -> None:
     if settings.output_dir:
         export_run(settings.model, settings.output_dir, settings.hub_format, merge=settings.merge)
         print(f"written to {settings.output_dir}")
+    if settings.page:
+        write_page(settings.model, settings.page)
+        print(
+            f"a page in {settings.page}; look at it: python -m http.server --bind 127.0.0.1 -d {settings.page}"
+        )
     if settings.hub_model_id:
         options = {
             "private": settings.hub_private_repo,

@@ -25,6 +25,7 @@ from ..model.loading import load_native
 from ..model.modeling_nanogpt import qwen3_state_dict
 from ..training.lora import load_merged
 from .model_card import write_card
+from .onnx import add_onnx, check_onnx
 
 PLAIN_FORMAT = {"gpt2": "gpt2", "modern": "qwen3"}  # architecture -> the format that other tools know it by
 ADAPTER_FILES = (
@@ -43,12 +44,12 @@ def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
         plain = None  # Qwen3 always divides its scores by the root of the head size
     if format == "auto":
         return plain or "nanogpt"
-    if format not in (*PLAIN_FORMAT.values(), "nanogpt"):
-        raise UserError(f"there is no format {format!r}: use auto, gpt2, qwen3 or nanogpt.")
-    if format not in (plain, "nanogpt"):
+    if format not in (*PLAIN_FORMAT.values(), "nanogpt", "onnx"):
+        raise UserError(f"there is no format {format!r}: use auto, gpt2, qwen3, nanogpt or onnx.")
+    if format not in (plain, "nanogpt") and not (plain and format == "onnx"):
         raise UserError(
             f"a model of the {config.architecture} architecture cannot be written in the format {format}: use "
-            f"{f'{plain}, ' if plain else ''}nanogpt or auto."
+            f"{f'{plain}, onnx, ' if plain else ''}nanogpt or auto."
         )
     return format
 
@@ -63,7 +64,7 @@ def export(
 
     Args:
         format: gpt2 (for the gpt2 architecture) and qwen3 (for modern) need no code of ours to be read; nanogpt
-            ships it; auto takes the plain format of the architecture, nanogpt if it has none.
+            ships it; onnx is the plain one with its graph in onnx/, for transformers.js; auto takes the plain format of the architecture, nanogpt if it has none.
 
     Returns:
         The format written.
@@ -76,7 +77,10 @@ def export(
             f"export takes a NanoGPTForCausalLM, not a {type(model).__name__}: merge an adapter first, and read other "
             "checkpoints with NanoGPTForCausalLM.from_pretrained."
         )
-    format, folder = choose_format(model.config, format), Path(folder)
+    asked, folder = choose_format(model.config, format), Path(folder)
+    format = PLAIN_FORMAT[model.config.architecture] if asked == "onnx" else asked
+    if asked == "onnx":
+        check_onnx(model)
     generation = copy.deepcopy(model.generation_config)
     generation._from_model_config = False
     generation.max_length = model.config.n_positions  # or a pipeline's default runs past the context
@@ -91,7 +95,9 @@ def export(
         _edit_json(
             folder / "config.json", lambda config: config | {"rope_theta": float(model.config.rope_theta)}
         )
-    return format
+    if asked == "onnx":
+        add_onnx(folder)
+    return asked
 
 
 def _plain_model(model: NanoGPTForCausalLM, format: str) -> PreTrainedModel:
@@ -157,6 +163,10 @@ def export_run(
     """
     folder, target = Path(folder), Path(target)
     is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter and format == "onnx" and not merge:
+        raise UserError(
+            f"{folder} holds an adapter, of which there is no graph without its base: merge it (--merge)."
+        )
     if is_adapter and not merge:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
             "base_model_name_or_path"

@@ -5,6 +5,7 @@ Shapes: B rows, T new tokens, P past tokens, H key-value heads, D head size, V v
 
 import os
 import warnings
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -30,35 +31,48 @@ class _CachedStep(torch.nn.Module):
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
         )
         return output.logits, *chain.from_iterable((layer.keys, layer.values) for layer in cache.layers)
+
+
+def check_onnx(model: PreTrainedModel) -> None:
+    """Raises UserError where `add_onnx` could not work: the packages are missing, or the model is too large."""
+    if not all(map(find_spec, ("onnx", "onnxruntime"))):
+        raise UserError('ONNX needs two more packages: pip install -c constraints.txt -e ".[onnx]".')
+    size = 4 * (model.num_parameters() + _is_tied(model) * model.get_input_embeddings().weight.numel())
+    if size > LARGEST:
+        raise UserError(
+            f"the model is {size / 2**30:.1f} GiB as ONNX, whose files end at 2 GiB: share it in another format."
+        )
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def add_onnx(folder: str | os.PathLike) -> None:
     """Write onnx/model.onnx (float32) and onnx/model_quantized.onnx (8 bits) into the folder of a plain checkpoint.
 
+    A head that is tied to the embedding has its own place in the graph: what is transposed is not quantised.
+
     Raises:
-        UserError: the packages are missing, or the model is too large for one file.
+        UserError: as check_onnx.
     """
-    try:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError as error:
-        raise UserError("ONNX needs two more packages: pip install onnx onnxruntime.") from error
-    # Folding keeps the head apart from the embedding that it is tied to: 8 bits take no transposed weight.
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    size = 4 * (model.num_parameters() + tied * model.get_input_embeddings().weight.numel())
-    if size > LARGEST:
-        raise UserError(
-            f"the model is {size / 2**30:.1f} GiB as ONNX, whose files end at 2 GiB: share it in another format."
-        )
+    check_onnx(model)
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+
     target = Path(folder) / "onnx"
     target.mkdir()
-    _trace(model.eval(), target / "model.onnx")
+    exact, quantized = target / "model.onnx", target / "model_quantized.onnx"
+    _trace(model.eval(), exact)
+    quant_pre_process(exact, exact, skip_symbolic_shape=True)  # folds half of the traced operators away
     # 7 of the 8 bits: processors without VNNI saturate where they add two products of 8 bits.
-    options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": True}
-    quantize_dynamic(target / "model.onnx", target / "model_quantized.onnx", **options)
+    quantize_dynamic(exact, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
 
 
 def _trace(model: PreTrainedModel, path: Path) -> None:
