@@ -83,15 +83,6 @@ def test_the_folder_is_a_static_space(pages):
     assert "<i>" not in html and html.count("<script") == 2 and 'lang="ru"' in html
 
 
-@needs_modules
-def test_a_large_model_travels_in_eight_bits(pages, tmp_path, monkeypatch):
-    _, _, folder = pages("gpt2")
-    monkeypatch.setattr(static_page, "LARGEST_FLOAT", 2**16)
-    write_page(folder.parent / NAME, tmp_path / "page")
-    assert [path.name for path in (tmp_path / "page").rglob("*.onnx")] == ["model_quantized.onnx"]
-    assert 'data-dtype="q8"' in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
-
-
 def test_without_npm_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("NANOGPT_HF_NODE_MODULES", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
@@ -120,7 +111,9 @@ class Silent(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def chromium():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra browser)")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (extra browser)"
+    )
     if CHROMIUM is None:
         pytest.skip("there is no chromium")
     with playwright.sync_playwright() as driver:
@@ -134,8 +127,8 @@ def visit(chromium, pages):
     """Opens a page from a static server; at the end, nothing went wrong on it and it asked nobody else."""
     visited, servers = [], []
 
-    def open_page(architecture="gpt2", **options):
-        handler = functools.partial(Silent, directory=pages(architecture)[2])
+    def open_page(architecture="gpt2", folder=None, **options):
+        handler = functools.partial(Silent, directory=folder or pages(architecture)[2])
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -199,7 +192,7 @@ def written_in_python(model, tokenizer, folder, prompt, count, seed, **settings)
     suppressed = GenerationConfig.from_pretrained(folder / "model").suppress_tokens
     allowed = sorted({*range(model.config.vocab_size)} - {*suppressed})
     generator = random.Random(seed)
-    ids, window = reader(prompt).input_ids, None
+    ids = reader(prompt).input_ids
     window = ids[-model.config.n_positions :]
     for _ in range(count):
         if len(window) > model.config.n_positions:
@@ -311,6 +304,20 @@ def test_what_another_text_interrupts_leaves_nothing_behind(visit, pages):
     says(page, "Writing")
     fill(page, Beginning=PROMPT, Length=60, Temperature=0)
     page.get_by_role("button", name="Write").click()
+    says(page, "Done: 60")
+    expected = generate_text(model, tokenizer, PROMPT, temperature=0, max_new_tokens=60)[0]
+    assert text_of(page) == PROMPT + expected
+
+
+@needs_modules
+def test_a_large_model_travels_in_eight_bits_and_writes(visit, pages, tmp_path, monkeypatch):
+    model, tokenizer, folder = pages("gpt2")
+    monkeypatch.setattr(static_page, "LARGEST_FLOAT", 2**16)
+    write_page(folder.parent / NAME, tmp_path / "page")
+    assert [path.name for path in (tmp_path / "page").rglob("*.onnx")] == ["model_quantized.onnx"]
+    page = visit(folder=tmp_path / "page")
+    fill(page, Beginning=PROMPT, Length=60, Temperature=0)
+    page.keyboard.press("Enter")
     says(page, "Done: 60")
     expected = generate_text(model, tokenizer, PROMPT, temperature=0, max_new_tokens=60)[0]
     assert text_of(page) == PROMPT + expected

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from ..common.errors import UserError
 from ..common.files import file_sha256
-from ..common.text import printable
+from ..common.text import first_line, printable
 
 # Package, and the SHA-256 of each file of it that a page loads. The plain WebAssembly is half the size of the one that
 # transformers.js asks for by itself, which can use a GPU too.
@@ -74,6 +74,6 @@ def _packed(package: str) -> Path:
 
 
 def _complaint(error: Exception) -> str:
-    """npm's own words, or else the exception's."""
+    """npm's own words, of which the first say it, or else the exception's."""
     lines = [line for line in str(getattr(error, "stderr", None) or "").splitlines() if "error" in line]
-    return printable(lines[-1] if lines else str(error))[:300]
+    return printable(lines[0] if lines else first_line(error))[:300]
