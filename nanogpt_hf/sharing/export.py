@@ -49,7 +49,7 @@ def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
     if format not in (plain, "nanogpt") and not (plain and format == "onnx"):
         raise UserError(
             f"a model of the {config.architecture} architecture cannot be written in the format {format}: use "
-            f"{f'{plain}, onnx, ' if plain else ''}nanogpt or auto."
+            f"{f'{plain}, ' if plain else ''}nanogpt or auto."
         )
     return format
 
@@ -64,7 +64,8 @@ def export(
 
     Args:
         format: gpt2 (for the gpt2 architecture) and qwen3 (for modern) need no code of ours to be read; nanogpt
-            ships it; onnx is the plain one with its graph in onnx/, for transformers.js; auto takes the plain format of the architecture, nanogpt if it has none.
+            ships it; onnx is the plain one with its graph in onnx/, for transformers.js; auto takes the plain format of
+            the architecture, nanogpt if it has none.
 
     Returns:
         The format written.
@@ -77,10 +78,12 @@ def export(
             f"export takes a NanoGPTForCausalLM, not a {type(model).__name__}: merge an adapter first, and read other "
             "checkpoints with NanoGPTForCausalLM.from_pretrained."
         )
-    asked, folder = choose_format(model.config, format), Path(folder)
-    format = PLAIN_FORMAT[model.config.architecture] if asked == "onnx" else asked
-    if asked == "onnx":
+    format, folder = choose_format(model.config, format), Path(folder)
+    if format == "onnx":
         check_onnx(model)
+        export(model, tokenizer, folder)
+        add_onnx(folder)
+        return format
     generation = copy.deepcopy(model.generation_config)
     generation._from_model_config = False
     generation.max_length = model.config.n_positions  # or a pipeline's default runs past the context
@@ -95,9 +98,7 @@ def export(
         _edit_json(
             folder / "config.json", lambda config: config | {"rope_theta": float(model.config.rope_theta)}
         )
-    if asked == "onnx":
-        add_onnx(folder)
-    return asked
+    return format
 
 
 def _plain_model(model: NanoGPTForCausalLM, format: str) -> PreTrainedModel:
