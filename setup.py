@@ -15,7 +15,11 @@ setup(
     # What lies beside the package in a clone lies inside it where pip has installed it.
     packages=[*find_packages(include=["nanogpt_hf", "nanogpt_hf.*"]), *BESIDE],
     package_dir=BESIDE,
-    package_data={"nanogpt_hf": ["py.typed"], "nanogpt_hf.accelerate_configs": ["*.yaml"], "nanogpt_hf.sharing": ["*.html"]},
+    package_data={
+        "nanogpt_hf": ["py.typed"],
+        "nanogpt_hf.accelerate_configs": ["*.yaml"],
+        "nanogpt_hf.sharing": ["*.html"],
+    },
     entry_points={"console_scripts": ["nanogpt = nanogpt_hf.__main__:console"]},
     install_requires=[
         "torch>=2.11",

@@ -8,9 +8,11 @@ import warnings
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from ..common.errors import UserError
 
@@ -24,7 +26,13 @@ class _CachedStep(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, attention_mask, position_ids, *past):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        *past: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         """input_ids (B T), attention_mask (B P+T), position_ids (B T), past: keys and values of each layer (B H P D);
         logits (B T V), then keys and values (B H P+T D)."""
         cache = DynamicCache()
@@ -36,22 +44,20 @@ class _CachedStep(torch.nn.Module):
             position_ids=position_ids,
             past_key_values=cache,
         )
-        return output.logits, *chain.from_iterable((layer.keys, layer.values) for layer in cache.layers)
+        layers = cast(list[DynamicLayer], cache.layers)
+        return output.logits, *chain.from_iterable((layer.keys, layer.values) for layer in layers)
 
 
 def check_onnx(model: PreTrainedModel) -> None:
     """Raises UserError where `add_onnx` could not work: the packages are missing, or the model is too large."""
     if not all(map(find_spec, ("onnx", "onnxruntime"))):
         raise UserError('ONNX needs two more packages: pip install -c constraints.txt -e ".[onnx]".')
-    size = 4 * (model.num_parameters() + _is_tied(model) * model.get_input_embeddings().weight.numel())
+    head = model.config.vocab_size * model.config.hidden_size
+    size = 4 * (model.num_parameters() + head * model.config.tie_word_embeddings)  # bytes
     if size > LARGEST:
         raise UserError(
             f"the model is {size / 2**30:.1f} GiB as ONNX, whose files end at 2 GiB: share it in another format."
         )
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def add_onnx(folder: str | os.PathLike) -> None:
