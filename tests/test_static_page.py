@@ -27,6 +27,8 @@ from nanogpt_hf.sharing.transformers_js import FILES, find_transformers_js
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra onnx)")
 pytest.importorskip("onnx", reason="onnx is not installed (extra onnx)")
 
+pytestmark = pytest.mark.slow
+
 MODULES = os.environ.get("NANOGPT_HF_NODE_MODULES")
 needs_modules = pytest.mark.skipif(
     not (MODULES and Path(MODULES, "@huggingface/transformers").is_dir()),
