@@ -15,7 +15,11 @@ setup(
     # What lies beside the package in a clone lies inside it where pip has installed it.
     packages=[*find_packages(include=["nanogpt_hf", "nanogpt_hf.*"]), *BESIDE],
     package_dir=BESIDE,
-    package_data={"nanogpt_hf": ["py.typed"], "nanogpt_hf.accelerate_configs": ["*.yaml"]},
+    package_data={
+        "nanogpt_hf": ["py.typed"],
+        "nanogpt_hf.accelerate_configs": ["*.yaml"],
+        "nanogpt_hf.sharing": ["*.html"],
+    },
     entry_points={"console_scripts": ["nanogpt = nanogpt_hf.__main__:console"]},
     install_requires=[
         "torch>=2.11",
@@ -26,6 +30,7 @@ setup(
         "evaluate>=0.4.6",
         "peft>=0.18",
         "huggingface_hub>=1.5",
+        "jinja2>=3.1",
         "safetensors>=0.5",
         "matplotlib>=3.9",
         "numpy>=1.26",
@@ -57,6 +62,8 @@ setup(
         ],
         "verse": ["pronouncing>=0.3", "silero-stress>=1.5"],
         "trl": ["trl>=1.16"],
+        "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],
+        "browser": ["playwright>=1.50"],
         "interop": ["ctranslate2>=4.6", "tiktoken>=0.8"],
     },
 )

@@ -5,12 +5,14 @@
     python recipes/share.py --model runs/tiny_shakespeare-char --output_dir plain
     python recipes/share.py --model runs/my_adapter --merge --output_dir plain
     python recipes/share.py --model runs/tiny_shakespeare-char --hub_format gguf --output_dir shakespeare-gguf
+    python recipes/share.py --model runs/tiny_shakespeare-char --page page
     python recipes/share.py --from_nanogpt out-shakespeare-char --output_dir runs/from_nanogpt
 
 The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project, or as a GGUF for
-llama.cpp, Ollama and LM Studio; an adapter as it is, or with --merge as the whole model. Uploading needs a token:
-`hf auth login`. Doing it again sends only what has changed. The other way, a checkpoint of nanoGPT becomes a run
-folder, with which all else here works.
+llama.cpp, Ollama and LM Studio, or as ONNX for transformers.js; an adapter as it is, or with --merge as the whole
+model. Uploading needs a token: `hf auth login`. Doing it again sends only what has changed. --page makes a folder with a
+page that writes in the visitor's browser, for any web server or a static Space. The other way, a checkpoint of nanoGPT
+becomes a run folder, with which all else here works.
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from nanogpt_hf.common.settings import setting
 from nanogpt_hf.sharing.export import export_run
 from nanogpt_hf.sharing.hub import check_push, push
 from nanogpt_hf.sharing.nanogpt_import import GPT2_TOKENIZER, import_nanogpt
+from nanogpt_hf.sharing.static_page import write_page
 
 
 @dataclass
@@ -32,27 +35,33 @@ class ShareSettings:
     )
     hub_model_id: str | None = setting(None, "upload to this name on the Hub, NAME or OWNER/NAME")
     hub_private_repo: bool = setting(False, "make the Hub repository private")
-    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt", "gguf"] = setting("auto", "checkpoint format")
+    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt", "gguf", "onnx"] = setting(
+        "auto", "checkpoint format"
+    )
     quantization: Literal["f32", "bf16", "q8_0"] = setting("f32", "of the matrices of a GGUF")
     merge: bool = setting(False, "merge an adapter into its base")
     output_dir: str | None = setting(None, "write the checkpoint into this folder")
+    page: str | None = setting(None, "write a page that runs the model in the browser into this folder")
     from_nanogpt: str | None = setting(None, "nanoGPT's out_dir, whose ckpt.pt to write into --output_dir")
     text: str | None = setting(None, "the text that nanoGPT's characters are from, if there is no meta.pkl")
     tokenizer: str = setting(GPT2_TOKENIZER, "that nanoGPT's subwords are from, a folder or Hub id")
 
     def __post_init__(self):
         if self.from_nanogpt and (self.model or self.hub_model_id or not self.output_dir):
-            raise UserError("--from_nanogpt goes with --output_dir alone: write the run folder first, then share it.")
+            raise UserError(
+                "--from_nanogpt goes with --output_dir alone: write the run folder first, then share it."
+            )
         if self.model is None and self.from_nanogpt is None:
             raise UserError("--model is missing: give a run folder.")
-        if self.hub_model_id is None and self.output_dir is None:
-            raise UserError("there is nothing to do: give --hub_model_id, --output_dir or both.")
+        if self.hub_model_id is None and self.output_dir is None and self.page is None:
+            raise UserError("there is nothing to do: give --hub_model_id, --output_dir or --page.")
         if self.quantization != "f32" and self.hub_format != "gguf":
             raise UserError(f"--quantization {self.quantization} is of a GGUF: add --hub_format gguf.")
-        if self.output_dir and Path(self.output_dir).is_file():
-            raise UserError(f"--output_dir {self.output_dir} is a file: give a folder.")
-        if self.output_dir and Path(self.output_dir).is_dir() and any(Path(self.output_dir).iterdir()):
-            raise UserError(f"--output_dir {self.output_dir} is not empty: choose another folder.")
+        for flag, folder in (("--output_dir", self.output_dir), ("--page", self.page)):
+            if folder and Path(folder).is_file():
+                raise UserError(f"{flag} {folder} is a file: give a folder.")
+            if folder and Path(folder).is_dir() and any(Path(folder).iterdir()):
+                raise UserError(f"{flag} {folder} is not empty: choose another folder.")
 
 
 def main() -> None:
@@ -72,6 +81,11 @@ def main() -> None:
             quantization=settings.quantization,
         )
         print(f"written to {settings.output_dir}")
+    if settings.page:
+        write_page(settings.model, settings.page)
+        print(
+            f"a page in {settings.page}; look at it: python -m http.server --bind 127.0.0.1 -d {settings.page}"
+        )
     if settings.hub_model_id:
         options = {
             "private": settings.hub_private_repo,

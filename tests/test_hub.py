@@ -838,7 +838,7 @@ def test_share_writes_a_folder_too(client, run_folder, tmp_path):
         NanoGPTForCausalLM.from_pretrained(run_folder), GPT2LMHeadModel.from_pretrained(tmp_path / "plain")
     )
     for words, message in [
-        (["--model", str(run_folder)], "give --hub_model_id, --output_dir or both"),
+        (["--model", str(run_folder)], "give --hub_model_id, --output_dir or --page"),
         (["--output_dir", str(tmp_path / "y")], "--model is missing"),
         (["--model", str(run_folder), "--output_dir", str(tmp_path / "plain")], "is not empty"),
         (["--model", str(tmp_path), "--output_dir", str(tmp_path / "y")], "holds no config.json"),

@@ -26,7 +26,9 @@ from ..model.modeling_nanogpt import qwen3_state_dict
 from ..training.lora import load_merged
 from .gguf import export_gguf
 from .model_card import write_card
+from .onnx import add_onnx, check_onnx
 
+DERIVED = ("gguf", "onnx")  # made of the plain format
 PLAIN_FORMAT = {"gpt2": "gpt2", "modern": "qwen3"}  # architecture -> the format that other tools know it by
 ADAPTER_FILES = (
     "adapter_config.json adapter_model.safetensors generation_config.json tokenizer.json tokenizer_config.json"
@@ -44,12 +46,13 @@ def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
         plain = None  # Qwen3 always divides its scores by the root of the head size
     if format == "auto":
         return plain or "nanogpt"
-    if format not in (*PLAIN_FORMAT.values(), "nanogpt", "gguf"):
-        raise UserError(f"there is no format {format!r}: use auto, gpt2, qwen3, nanogpt or gguf.")
-    if format not in (plain, "nanogpt") and not (plain and format == "gguf"):
+    derived = DERIVED if plain else ()
+    if format not in (*PLAIN_FORMAT.values(), "nanogpt", *DERIVED):
+        raise UserError(f"there is no format {format!r}: use auto, gpt2, qwen3, nanogpt, gguf or onnx.")
+    if format not in (plain, "nanogpt", *derived):
         raise UserError(
             f"a model of the {config.architecture} architecture cannot be written in the format {format}: use "
-            f"{f'{plain}, gguf, ' if plain else ''}nanogpt or auto."
+            f"{f'{plain}, gguf, onnx, ' if plain else ''}nanogpt or auto."
         )
     return format
 
@@ -66,8 +69,8 @@ def export(
 
     Args:
         format: gpt2 (for the gpt2 architecture) and qwen3 (for modern) need no code of ours to be read; nanogpt
-            ships it; gguf is the plain one for llama.cpp; auto takes the plain format of the architecture, nanogpt
-            if it has none.
+            ships it; gguf is the plain one for llama.cpp; onnx is the plain one with its graph in onnx/, for
+            transformers.js; auto takes the plain format of the architecture, nanogpt if it has none.
         quantization: of a GGUF: f32, bf16 or q8_0.
         name: of a GGUF, by default the folder's.
 
@@ -87,6 +90,11 @@ def export(
         plain = _plain_model(model, PLAIN_FORMAT[model.config.architecture])
         plain.generation_config = model.generation_config
         export_gguf(plain, tokenizer, folder, quantization, name)
+        return format
+    if format == "onnx":
+        check_onnx(model)
+        export(model, tokenizer, folder)
+        add_onnx(folder)
         return format
     generation = copy.deepcopy(model.generation_config)
     generation._from_model_config = False
@@ -176,8 +184,8 @@ def export_run(
     """
     folder, target = Path(folder), Path(target)
     is_adapter = (folder / "adapter_config.json").exists()
-    if is_adapter and format == "gguf" and not merge:
-        raise UserError(f"{folder} holds an adapter, which is no model for llama.cpp: merge it (--merge).")
+    if is_adapter and format in DERIVED and not merge:
+        raise UserError(f"{folder} holds an adapter, and {format} holds a whole model: merge it (--merge).")
     if is_adapter and not merge:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
             "base_model_name_or_path"

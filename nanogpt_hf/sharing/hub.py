@@ -180,11 +180,11 @@ def _upload(api: HfApi, repo_id: str, folder: Path, private: bool, timeout: floa
     info = api.model_info(repo_id, timeout=timeout)
     if private and not info.private:
         raise UserError(_is_public(repo_id))
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     # upload_folder may make several commits of it.
     api.create_commit(
         repo_id,
-        [CommitOperationAdd(path.name, path) for path in files],
+        [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
         commit_message="Upload model",
         parent_commit=info.sha,
     )

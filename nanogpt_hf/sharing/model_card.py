@@ -43,6 +43,10 @@ LOADING = {
 LLAMA_CPP = """llama-completion -m {file} -no-cnv -p {prompt}    # llama.cpp
 ollama create {name} -f Modelfile && ollama run {name} {prompt}    # Ollama
 lms import {file}    # LM Studio, whose completions then show it"""
+JAVASCRIPT = """import { pipeline } from '@huggingface/transformers'; // version 4
+
+const generate = await pipeline('text-generation', NAME, { dtype: 'fp32' }); // or 'q8', a quarter of the size
+console.log((await generate(PROMPT, { max_new_tokens: LENGTH }))[0].generated_text);"""
 
 
 def write_card(
@@ -63,7 +67,7 @@ def write_card(
     """
     folder, target = Path(folder), Path(target or folder)
     name = name or target.resolve().name
-    settings = _read_run(folder / "run.yaml")
+    settings = read_run(folder / "run.yaml")
     record = settings.pop("record", {})
     corpus = record.get("corpus", {})
     base = settings.get("model_name_or_path")
@@ -78,9 +82,12 @@ def write_card(
         key=lambda r: r["eval_loss"],
         default={},
     )
-    corpus_name = _last_part(corpus["name"]) if corpus else None
+    corpus_name = last_part(corpus["name"]) if corpus else None
     format = format or ("adapter" if (folder / "adapter_config.json").exists() else "nanogpt")
-    samples, samples_before = _samples(folder / "samples.txt"), _samples(folder / "samples_before.txt")
+    samples, samples_before = (
+        read_samples(folder / "samples.txt"),
+        read_samples(folder / "samples_before.txt"),
+    )
 
     data = ModelCardData(
         language=corpus.get("language"),
@@ -98,6 +105,8 @@ def write_card(
         _opening_words(format, config, folder if format == "gguf" else target, corpus_name, base),
     ]
     body += ["## Use", _loading_block(target, name, format, samples)]
+    if format == "onnx":
+        body += ["In a browser, or in Node.js:", _fenced(_javascript_lines(name, target, samples), "js")]
     if corpus:
         body += ["## Corpus", _corpus_words(corpus)]
     if best:
@@ -106,7 +115,7 @@ def write_card(
             body += ["![loss over the steps](loss_curve.png)"]
     if settings:
         shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [], "")}
-        shown = {"tokenizer": _last_part(settings.get("tokenizer") or base or "")} | shown
+        shown = {"tokenizer": last_part(settings.get("tokenizer") or base or "")} | shown
         body += [
             "## Settings",
             _fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), "yaml"),
@@ -124,12 +133,14 @@ def write_card(
         card.save(staging / "README.md")
 
 
-def _samples(path: Path) -> str:
+def read_samples(path: Path) -> str:
+    """The beginning of what a run wrote, safe to show; empty where there is nothing."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return printable(text)[:4000].strip("\n")
 
 
-def _read_run(path: Path) -> dict:
+def read_run(path: Path) -> dict:
+    """The settings and the record of a run.yaml; empty where there is none. Raises UserError where it cannot be read."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -172,24 +183,30 @@ def _last(rows: list[dict], key: str) -> float | None:
     return next((row[key] for row in reversed(rows) if isfinite(row.get(key, float("nan")))), None)
 
 
-def _opening_words(format: str, config: dict, folder: Path, corpus_name: str | None, base: str | None) -> str:
+def count_parameters(folder: Path) -> int:
+    """Parameters in the weight files of a folder, without reading them."""
     sizes = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             sizes += [prod(file.get_slice(key).get_shape()) for key in file.keys()]
-    words = f"{'An adapter (LoRA)' if format == 'adapter' else 'A GPT'} of {sum(sizes) / 1e6:.2f}M parameters"
+    return sum(sizes)
+
+
+def _opening_words(format: str, config: dict, folder: Path, corpus_name: str | None, base: str | None) -> str:
+    kind = "An adapter (LoRA)" if format == "adapter" else "A GPT"
+    words = f"{kind} of {count_parameters(folder) / 1e6:.2f}M parameters"
     if "architecture" in config:
         words += (
             f", architecture {_code(config['architecture'])}: {config['n_layer']} layers, {config['n_head']} heads, "
             f"width {config['n_embd']}, context {config['n_positions']} tokens"
         )
     if corpus_name:
-        words += f"; {f'fine-tuned from {_code(_last_part(base))}' if base else 'trained from scratch'} on {_code(corpus_name)}"
+        words += f"; {f'fine-tuned from {_code(last_part(base))}' if base else 'trained from scratch'} on {_code(corpus_name)}"
     return words + "."
 
 
 def _loading_block(target: Path, name: str, format: str, samples: str) -> str:
-    prompt = next((line for line in samples.split("\n") if line.strip()), "\n")[:20]
+    prompt = first_words(samples)
     if format == "gguf":
         file = next(target.glob("*.gguf")).name
         short = file.rpartition("-")[0].lower()
@@ -199,6 +216,22 @@ def _loading_block(target: Path, name: str, format: str, samples: str) -> str:
     )
     lines += f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
     return _fenced(lines, "python")
+
+
+def _javascript_lines(name: str, folder: Path, samples: str) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    context = (
+        config.get("n_positions") or config["max_position_embeddings"]
+    )  # which transformers.js would pass
+    words = {"NAME": name, "PROMPT": first_words(samples), "LENGTH": context // 2}
+    return re.sub(
+        "NAME|PROMPT|LENGTH", lambda match: json.dumps(words[match[0]], ensure_ascii=False), JAVASCRIPT
+    )
+
+
+def first_words(samples: str) -> str:
+    """A prompt: how the first sample begins."""
+    return next((line for line in samples.split("\n") if line.strip()), "\n")[:20]
 
 
 def _corpus_words(corpus: dict) -> str:
@@ -228,7 +261,7 @@ def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)) and not os.path.exists(name)
 
 
-def _last_part(name: str) -> str:
+def last_part(name: str) -> str:
     """A Hub id as it is; of a path only its last part, which tells nothing about the machine it was on."""
     return name if _is_hub_id(name) else Path(name).name
 
