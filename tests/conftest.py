@@ -7,8 +7,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from hub_server import hub  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 __all__ = ["hub"]
+
+settings.register_profile("loaded machine", deadline=None)  # no test asserts how long something takes
+settings.load_profile("loaded machine")
 
 
 def _forget_accelerators():
