@@ -48,7 +48,7 @@ def test_gpt2_variants(options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_modern_is_a_qwen3(dtype):
-    ours = make("modern")
+    ours = make("qwen3")
     theirs = Qwen3ForCausalLM(Qwen3Config(**qwen3_fields(ours.config))).eval()
     theirs.load_state_dict(qwen3_state_dict(ours))
     ours, theirs, x = ours.to(dtype), theirs.to(dtype), ids(3, 32)
@@ -56,7 +56,7 @@ def test_modern_is_a_qwen3(dtype):
     torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 class TestBothArchitectures:
     def test_cached_static_and_uncached_greedy_agree(self, architecture):
         model, x = make(architecture), ids(2, 5)
@@ -154,9 +154,9 @@ def test_logits_to_keep_computes_the_last_logits_only():
 
 def test_config_resolves_and_names_its_architecture():
     assert NanoGPTConfig().architecture == "gpt2"
-    modern = NanoGPTConfig(architecture="modern", **SIZES)
-    assert (modern.norm, modern.positions, modern.mlp, modern.bias) == ("rmsnorm", "rotary", "swiglu", False)
-    mixed = NanoGPTConfig(architecture="modern", norm="layernorm", **SIZES)
+    qwen3 = NanoGPTConfig(architecture="qwen3", **SIZES)
+    assert (qwen3.norm, qwen3.positions, qwen3.mlp, qwen3.bias) == ("rmsnorm", "rotary", "swiglu", False)
+    mixed = NanoGPTConfig(architecture="qwen3", norm="layernorm", **SIZES)
     assert mixed.architecture == "custom"
     assert NanoGPTConfig.from_dict(mixed.to_dict()).norm == "layernorm"
     assert NanoGPTForCausalLM(mixed)(ids(1, 4)).logits.isfinite().all()
@@ -170,7 +170,7 @@ def test_config_resolves_and_names_its_architecture():
         ({"norm": "batchnorm"}, "use one of layernorm, rmsnorm"),
         ({"n_layer": 0}, "at least 1"),
         ({"resid_pdrop": 1.5}, "under 1"),
-        ({"architecture": "modern", "n_embd": 12, "n_head": 4}, "even head size"),
+        ({"architecture": "qwen3", "n_embd": 12, "n_head": 4}, "even head size"),
         ({"add_cross_attention": True}, "unset it"),
     ],
 )
