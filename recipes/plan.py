@@ -57,7 +57,9 @@ LAYOUT_COLUMNS = {
 @dataclass
 class PlanSettings:
     preset: str = setting("gpt2", "named size: cpu, baby, gpt2 … gpt2-xl, gpt3-small … gpt3-175b")
-    architecture: Literal["gpt2", "modern"] = setting("gpt2", "gpt2: GPT-2's block; modern: Qwen3's")
+    architecture: Literal["gpt2", "qwen3", "llama", "modern"] = setting(
+        "gpt2", "gpt2, qwen3 or llama: the block of that family (modern is qwen3's old name)"
+    )
     vocab_size: int | None = setting(None, "tokens of the vocabulary; default: the preset's")
     n_positions: int | None = setting(None, "context length, in tokens; default: the preset's")
     dropout: float = setting(0.0, "its masks take memory")

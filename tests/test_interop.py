@@ -29,9 +29,9 @@ PASSAGE = (
 PROMPT = "Now is the winter of "
 FORMATS = {
     "gpt2": ("gpt2", "char"),
-    "qwen3": ("modern", "char"),
+    "qwen3": ("qwen3", "char"),
     "gpt2 in BPE": ("gpt2", "bpe"),
-    "nanogpt": ("modern", "char"),
+    "nanogpt": ("qwen3", "char"),
 }
 
 

@@ -118,7 +118,7 @@ def kept_by_forward(config, batch_size: int, compiled: bool) -> int:
     return sum(count for pointer, (count, _) in kept.items() if pointer not in parameters)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 @pytest.mark.parametrize(
     "fields, batch_size, compiled",
     [
@@ -169,7 +169,7 @@ FEW_WORDS = {"vocab_size": 64}
 MANY_WORDS = {"vocab_size": 4096}
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 @pytest.mark.parametrize(
     "fields, batch_size, micro_batches, checkpointing",
     [

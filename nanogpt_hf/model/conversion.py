@@ -73,13 +73,14 @@ def native_fields(family: str, config: dict) -> dict:
     Raises:
         UserError: our class has no place for a part of it; the message names the fields.
     """
-    theirs = FAMILIES[family][0].from_dict(config)
-    rope = theirs.rope_parameters
+    said = {name: value for name, value in config.items() if name != "layer_types"}
+    theirs = FAMILIES[family][0].from_dict(said)
+    rope, layer_types = theirs.rope_parameters, config.get("layer_types") or getattr(theirs, "layer_types", [])
     odd = {
         "hidden_act": theirs.hidden_act != "silu",
         "attention_bias": theirs.attention_bias,
         "mlp_bias": getattr(theirs, "mlp_bias", False),
-        "layer_types": any(kind != "full_attention" for kind in getattr(theirs, "layer_types", None) or []),
+        "layer_types": any(kind != "full_attention" for kind in layer_types),
         "rope_parameters": rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1) != 1,
     }
     if any(odd.values()):
