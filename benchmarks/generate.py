@@ -37,7 +37,7 @@ SIZES = {
     "124M": ((12, 12, 768, 1024, 50257), (240, 64, 16)),
 }
 PEERS = ("nanoGPT", "transformers")
-OURS = ("ours, gpt2", "ours, modern")
+OURS = ("ours, gpt2", "ours, qwen3")
 
 
 @dataclass

@@ -35,11 +35,11 @@ from nanogpt_hf.training.stepping import Stepper, global_batch_size
 VARIANTS = [
     ("gpt2", "gpt2", 8, 1, False, True),
     ("gpt2", "gpt2", 8, 1, True, True),
-    ("gpt2", "modern", 8, 1, False, True),
+    ("gpt2", "qwen3", 8, 1, False, True),
     ("gpt2", "gpt2", 8, 1, False, False),
     ("gpt2", "gpt2", 4, 2, False, False),
     ("gpt2", "gpt2", 8, 1, True, False),
-    ("gpt2", "modern", 8, 1, False, False),
+    ("gpt2", "qwen3", 8, 1, False, False),
     ("gpt2-medium", "gpt2", 4, 1, False, False),
     ("gpt2-medium", "gpt2", 4, 1, True, False),
     ("gpt2-large", "gpt2", 2, 1, False, False),

@@ -52,12 +52,16 @@ LAYOUT_COLUMNS = {
     "verdict": ("fits", "{}"),
     "largest_batch_size": ("largest micro-batch that fits", "{:,}"),
 }
+CONFIG_FIELDS = ("n_kv_head", "vocab_size", "n_positions")
 
 
 @dataclass
 class PlanSettings:
     preset: str = setting("gpt2", "named size: cpu, baby, gpt2 … gpt2-xl, gpt3-small … gpt3-175b")
-    architecture: Literal["gpt2", "modern"] = setting("gpt2", "gpt2: GPT-2's block; modern: Qwen3's")
+    architecture: Literal["gpt2", "qwen3", "llama", "modern"] = setting(
+        "gpt2", "gpt2, qwen3 or llama: the block of that family (modern is qwen3's old name)"
+    )
+    n_kv_head: int | None = setting(None, "heads of keys and values; default: as many as of queries")
     vocab_size: int | None = setting(None, "tokens of the vocabulary; default: the preset's")
     n_positions: int | None = setting(None, "context length, in tokens; default: the preset's")
     dropout: float = setting(0.0, "its masks take memory")
@@ -84,7 +88,7 @@ class PlanSettings:
     output_dir: str | None = setting(None, "folder for plan.json and memory.png")
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_positions", "gpus", "batch_tokens", "per_device_train_batch_size"):
+        for name in (*CONFIG_FIELDS, "gpus", "batch_tokens", "per_device_train_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
         for name in ("gpu_memory_gib", "gpu_tflops"):
@@ -100,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         find_preset(settings.preset),
         find_gpu(settings.gpu, settings.gpu_memory_gib, settings.gpu_tflops),
     )
-    fields = {name: value for name in ("vocab_size", "n_positions") if (value := getattr(settings, name))}
+    fields = {name: value for name in CONFIG_FIELDS if (value := getattr(settings, name))}
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
     config = make_config(settings.preset, architecture=settings.architecture, **fields, **dropouts)
     sizes = {name: getattr(settings, name) for name in LAYOUT_SIZES if getattr(settings, name) is not None}

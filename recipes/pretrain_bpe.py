@@ -19,7 +19,7 @@ DEFAULTS = {
     "cpu": dict(
         tokenizer="bpe",
         vocab_size=1024,
-        architecture="modern",
+        architecture="qwen3",
         attn_implementation="eager",
         dropout=0.0,
         optim="muon",
@@ -34,7 +34,7 @@ DEFAULTS = {
     "baby": dict(
         tokenizer="bpe",
         vocab_size=1024,
-        architecture="modern",
+        architecture="qwen3",
         dropout=0.4,
         torch_compile=False,
         optim="muon",

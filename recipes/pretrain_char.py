@@ -14,7 +14,7 @@ from nanogpt_hf.runs.command_line import read_settings, size_here
 
 DEFAULTS = {
     "cpu": dict(
-        architecture="modern",
+        architecture="qwen3",
         attn_implementation="eager",
         dropout=0.0,
         optim="muon",
@@ -28,7 +28,7 @@ DEFAULTS = {
         save_steps=1000,
     ),
     "baby": dict(
-        architecture="modern",
+        architecture="qwen3",
         n_positions=512,
         dropout=0.3,
         optim="muon",

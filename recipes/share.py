@@ -8,7 +8,7 @@
     python recipes/share.py --model runs/tiny_shakespeare-char --page page
     python recipes/share.py --from_nanogpt out-shakespeare-char --output_dir runs/from_nanogpt
 
-The model is written as an ordinary GPT-2 or Qwen3 checkpoint, which needs no code of this project, or as a GGUF for
+The model is written as an ordinary GPT-2, Qwen3 or Llama checkpoint, which needs no code of this project, or as a GGUF for
 llama.cpp, Ollama and LM Studio, or as ONNX for transformers.js; an adapter as it is, or with --merge as the whole
 model. Uploading needs a token: `hf auth login`. Doing it again sends only what has changed. --page makes a folder with a
 page that writes in the visitor's browser, for any web server or a static Space. The other way, a checkpoint of nanoGPT
@@ -35,7 +35,7 @@ class ShareSettings:
     )
     hub_model_id: str | None = setting(None, "upload to this name on the Hub, NAME or OWNER/NAME")
     hub_private_repo: bool = setting(False, "make the Hub repository private")
-    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt", "gguf", "onnx"] = setting(
+    hub_format: Literal["auto", "gpt2", "qwen3", "llama", "nanogpt", "gguf", "onnx"] = setting(
         "auto", "checkpoint format"
     )
     quantization: Literal["f32", "bf16", "q8_0"] = setting("f32", "of the matrices of a GGUF")

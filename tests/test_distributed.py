@@ -107,7 +107,7 @@ def corpus(tmp_path_factory):
 def by_one(corpus, tmp_path_factory):
     """optim -> a run of one process, with each of its checkpoints, and the options that made it."""
     runs = {}
-    for optim, architecture in (("adamw", "gpt2"), ("muon", "modern")):
+    for optim, architecture in (("adamw", "gpt2"), ("muon", "qwen3")):
         folder = tmp_path_factory.mktemp("runs") / optim
         options = ["--optim", optim, "--architecture", architecture]
         train(folder.parent, "one", folder, corpus, *options)

@@ -81,7 +81,7 @@ def folders(corpus, tmp_path_factory):
     torch.manual_seed(1)
     saved = {
         "char": save(
-            NanoGPTForCausalLM(NanoGPTConfig(vocab_size=384, architecture="modern", **SIZES)),
+            NanoGPTForCausalLM(NanoGPTConfig(vocab_size=384, architecture="qwen3", **SIZES)),
             char,
             folder / "char",
         ),
@@ -469,7 +469,7 @@ def test_a_model_of_two_documents_stops_after_the_first(tmp_path):
         TrainingSettings(
             corpus=str(tmp_path / "texts"),
             output_dir=str(tmp_path / "run"),
-            architecture="modern",
+            architecture="qwen3",
             n_layer=1,
             n_head=2,
             n_embd=32,

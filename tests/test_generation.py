@@ -34,7 +34,9 @@ SIZES |= {
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 ARCHITECTURES = {
     "gpt2": {"architecture": "gpt2"},
-    "modern": {"architecture": "modern"},
+    "qwen3": {"architecture": "qwen3"},
+    "llama": {"architecture": "llama"},
+    "grouped": {"architecture": "qwen3", "n_kv_head": 2, "head_dim": 16},
     "neither": {"positions": "rotary", "qk_norm": True, "scale_attn_by_inverse_layer_idx": True},
 }
 
@@ -147,7 +149,7 @@ def test_gpt2_of_transformers_goes_through_its_own_forward():
 
 
 def test_bfloat16():
-    model = make("modern").to(torch.bfloat16)
+    model = make("qwen3").to(torch.bfloat16)
     assert written(model, prompt(2, 5), 40, seed=1).shape == (2, 40)
 
 
@@ -206,7 +208,7 @@ def test_every_position_has_its_distribution(device):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_a_seed_gives_the_same_tokens_and_leaves_the_global_generator_alone(device):
-    model, ids = make("modern").to(device).train(), prompt(3, 4)
+    model, ids = make("qwen3").to(device).train(), prompt(3, 4)
     before = torch.get_rng_state()
     first = written(model, ids, 80, seed=5, top_k=20)
     assert torch.equal(first, written(model, ids, 80, seed=5, top_k=20))
@@ -238,5 +240,5 @@ def test_the_benchmark_measures_every_variant(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["variant"] for row in rows] == ["transformers", "ours, gpt2", "ours, modern"]
+    assert [row["variant"] for row in rows] == ["transformers", "ours, gpt2", "ours, qwen3"]
     assert all(row["tokens_per_s"] > 0 for row in rows) and "ours, gpt2 / transformers" in done.stdout

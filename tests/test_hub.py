@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     Qwen3ForCausalLM,
 )
 from transformers.utils import logging
@@ -42,7 +43,7 @@ TEXT = (
     "Мой дядя самых честных правил,\nкогда не в шутку занемог. To be, or not to be\t— that's 1,234!\r\n" * 40
 )
 CODE = {"configuration_nanogpt.py", "modeling_nanogpt.py"}
-PLAIN = {"gpt2": GPT2LMHeadModel, "qwen3": Qwen3ForCausalLM}
+PLAIN = {"gpt2": GPT2LMHeadModel, "qwen3": Qwen3ForCausalLM, "llama": LlamaForCausalLM}
 
 
 @pytest.fixture(autouse=True)
@@ -83,15 +84,17 @@ def assert_equal_logits(ours, theirs):
         ("gpt2", {}),
         ("gpt2", {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True, "n_inner": 48}),
         ("gpt2", {"tie_word_embeddings": False}),
-        ("modern", {"rope_theta": 500.0}),
-        ("modern", {"tie_word_embeddings": False, "n_inner": 40, "layer_norm_epsilon": 1e-3}),
+        ("qwen3", {"rope_theta": 500.0}),
+        ("qwen3", {"tie_word_embeddings": False, "n_inner": 40, "layer_norm_epsilon": 1e-3}),
+        ("qwen3", {"n_kv_head": 1, "head_dim": 24}),
+        ("llama", {"n_kv_head": 1, "rope_theta": 500.0, "tie_word_embeddings": False}),
     ],
 )
 def test_a_plain_checkpoint_is_the_same_model_and_reads_back(kind, architecture, fields, tmp_path, capfd):
     tokenizer = train_char_tokenizer([TEXT]) if kind == "char" else train_bpe_tokenizer([TEXT], 300)
     model, tokenizer = make(architecture, tokenizer, **fields)
     plain = export(model, tokenizer, tmp_path)
-    assert plain == {"gpt2": "gpt2", "modern": "qwen3"}[architecture]
+    assert plain == architecture
     theirs = PLAIN[plain].from_pretrained(tmp_path)
     assert_equal_logits(model, theirs)
     back = NanoGPTForCausalLM.from_pretrained(tmp_path)
@@ -130,7 +133,7 @@ def test_a_plain_checkpoint_is_the_same_model_and_reads_back(kind, architecture,
 
 
 def test_the_native_format_brings_its_code(tmp_path, capfd):
-    model, tokenizer = make("modern", norm="layernorm")
+    model, tokenizer = make("qwen3", norm="layernorm")
     assert model.config.architecture == "custom"
     assert export(model, tokenizer, tmp_path) == "nanogpt"
     assert CODE < {path.name for path in tmp_path.iterdir()}
@@ -152,14 +155,16 @@ def test_the_native_format_brings_its_code(tmp_path, capfd):
             "gpt2 architecture cannot be written in the format qwen3: use gpt2, nanogpt or auto",
         ),
         (
-            "modern",
+            "qwen3",
             {},
             "gpt2",
-            "modern architecture cannot be written in the format gpt2: use qwen3, nanogpt or",
+            "qwen3 architecture cannot be written in the format gpt2: use qwen3, nanogpt or",
         ),
-        ("modern", {"qk_norm": False}, "qwen3", "custom architecture cannot be .*: use nanogpt or auto"),
-        ("modern", {"scale_attn_weights": False}, "qwen3", "use nanogpt or auto"),
-        ("gpt2", {}, "onnx", "use auto, gpt2, qwen3 or nanogpt"),
+        ("qwen3", {"qk_norm": False}, "qwen3", "llama architecture cannot be .*: use llama, nanogpt or auto"),
+        ("qwen3", {"norm": "layernorm"}, "qwen3", "custom architecture cannot be .*: use nanogpt or auto"),
+        ("gpt2", {"n_kv_head": 1}, "gpt2", "custom architecture cannot be .*: use nanogpt or auto"),
+        ("qwen3", {"scale_attn_weights": False}, "qwen3", "use nanogpt or auto"),
+        ("gpt2", {}, "onnx", "use auto, gpt2, qwen3, llama or nanogpt"),
     ],
 )
 def test_a_wrong_pairing_is_an_error_and_writes_nothing(architecture, fields, format, message, tmp_path):
@@ -167,7 +172,7 @@ def test_a_wrong_pairing_is_an_error_and_writes_nothing(architecture, fields, fo
     with pytest.raises(ValueError, match=message):
         export(model, tokenizer, tmp_path / "out", format)
     assert not (tmp_path / "out").exists()
-    assert choose_format(model.config) in ("nanogpt", "gpt2", "qwen3")
+    assert choose_format(model.config) in ("nanogpt", "gpt2", "qwen3", "llama")
     with pytest.raises(ValueError, match="not a GPT2LMHeadModel"):
         export(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1)), tokenizer, tmp_path / "out")
 
@@ -260,7 +265,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_or_mislabelled_checkpoint_is_one_sentence(architecture, damage, tmp_path, capfd):
     export(*make(architecture), tmp_path / "model")
@@ -272,17 +277,18 @@ def test_a_damaged_or_mislabelled_checkpoint_is_one_sentence(architecture, damag
     assert "".join(capfd.readouterr()) == ""
 
 
-def test_a_qwen3_with_parts_that_modern_lacks_is_refused(tmp_path):
-    model, tokenizer = make("modern")
+def test_a_qwen3_with_parts_that_ours_lacks_is_refused(tmp_path):
+    model, tokenizer = make("qwen3")
     export(model, tokenizer, tmp_path)
     for name, value in {
-        "num_key_value_heads": 1,
         "hidden_act": "gelu",
-        "rope_scaling": {"type": "linear"},
+        "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
     }.items():
         before = (tmp_path / "config.json").read_text()
         edit(**{name: value})(tmp_path)
-        with pytest.raises(ValueError, match="differs from the modern architecture in"):
+        with pytest.raises(ValueError, match=f"differs from the qwen3 architecture of nanogpt_hf in {name}:"):
             NanoGPTForCausalLM.from_pretrained(tmp_path)
         (tmp_path / "config.json").write_text(before)
     changed = NanoGPTForCausalLM.from_pretrained(
@@ -412,7 +418,7 @@ def test_a_card_says_what_was_trained_on_what_and_how_to_load_it(tmp_path):
 
 
 def test_a_card_of_little_says_little(tmp_path):
-    export(*make("modern"), tmp_path / "bare", "nanogpt")
+    export(*make("qwen3"), tmp_path / "bare", "nanogpt")
     write_card(tmp_path / "bare")
     card = ModelCard.load(tmp_path / "bare" / "README.md")
     assert card.data.license == "unknown" and card.data.eval_results is None and "## Use" in card.text
@@ -772,7 +778,7 @@ TINY = dict(
 PRETRAIN = "pretrain(TrainingSettings(**settings)) and None"
 
 
-@pytest.mark.parametrize("architecture, plain", [("gpt2", "gpt2"), ("modern", "qwen3")])
+@pytest.mark.parametrize("architecture, plain", [("gpt2", "gpt2"), ("qwen3", "qwen3")])
 def test_a_run_shares_itself_and_nothing_of_its_author(architecture, plain, server, client, corpus):
     name, home = f"run-{architecture}", client.folder / "author"
     folder, text = home / "runs" / name, home / "texts" / "onegin.txt"

@@ -29,9 +29,10 @@ PASSAGE = (
 PROMPT = "Now is the winter of "
 FORMATS = {
     "gpt2": ("gpt2", "char"),
-    "qwen3": ("modern", "char"),
+    "qwen3": ("qwen3", "char"),
+    "llama": ("llama", "char"),
     "gpt2 in BPE": ("gpt2", "bpe"),
-    "nanogpt": ("modern", "char"),
+    "nanogpt": ("qwen3", "char"),
 }
 
 
@@ -51,8 +52,9 @@ def learn_by_heart(architecture, kind):
     special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end, vocab_size=vocab_size)
     dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     config = NanoGPTConfig(
-        architecture=architecture, n_layer=2, n_head=4, n_embd=64, n_positions=256, **special, **dropout
-    )
+        architecture=architecture, n_layer=2, n_head=4, n_kv_head=4 if architecture == "gpt2" else 2, n_embd=64,
+        n_positions=256, **special, **dropout,
+    )  # fmt: skip
     model = NanoGPTForCausalLM(config)
     model.generation_config.suppress_tokens = list(range(len(tokenizer), vocab_size))
     x = torch.tensor([tokenizer(PASSAGE).input_ids[:256]])
@@ -125,7 +127,7 @@ except ImportError:
 
 def test_a_process_without_this_package_writes_the_same_text(hub, trained, tmp_path):
     expected = {}
-    for format in ("gpt2", "qwen3", "nanogpt"):
+    for format in ("gpt2", "qwen3", "llama", "nanogpt"):
         model, tokenizer = trained(*FORMATS[format])
         export(model, tokenizer, tmp_path / format, format)
         hub.add_folder(f"user/{format}", tmp_path / format)
@@ -138,6 +140,7 @@ def test_a_process_without_this_package_writes_the_same_text(hub, trained, tmp_p
         model_class = {
             "gpt2": "GPT2LMHeadModel",
             "qwen3": "Qwen3ForCausalLM",
+            "llama": "LlamaForCausalLM",
             "nanogpt": "NanoGPTForCausalLM",
         }[format]
         expected[f"user/{format}"] = [model_class, format, texts]
@@ -158,7 +161,7 @@ def test_a_process_without_this_package_writes_the_same_text(hub, trained, tmp_p
 # --- transformers ---
 
 
-@pytest.mark.parametrize("format", ["gpt2", "qwen3", "nanogpt"])
+@pytest.mark.parametrize("format", ["gpt2", "qwen3", "llama", "nanogpt"])
 def test_a_pipeline_ends_at_the_context_and_at_the_end_of_text(format, trained, tmp_path, capfd):
     model, tokenizer = trained(*FORMATS[format])
     export(model, tokenizer, tmp_path, "nanogpt" if format == "nanogpt" else "auto")
@@ -176,7 +179,7 @@ def test_a_pipeline_ends_at_the_context_and_at_the_end_of_text(format, trained, 
 
 
 @pytest.mark.usefixtures("own_accelerate_state")
-@pytest.mark.parametrize("format", ["gpt2", "qwen3", "nanogpt"])
+@pytest.mark.parametrize("format", ["gpt2", "qwen3", "llama", "nanogpt"])
 def test_trainer_trains_saves_and_loads_it(format, trained, tmp_path):
     model, tokenizer = trained(*FORMATS[format])
     export(model, tokenizer, tmp_path / "base", format)
@@ -203,7 +206,7 @@ def test_trainer_trains_saves_and_loads_it(format, trained, tmp_path):
 # --- others ---
 
 
-@pytest.mark.parametrize("format", ["gpt2", "qwen3", "gpt2 in BPE"])
+@pytest.mark.parametrize("format", ["gpt2", "qwen3", "llama", "gpt2 in BPE"])
 def test_ctranslate2_says_the_same_200_tokens(format, trained, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed (extra interop)")
     model, tokenizer = trained(*FORMATS[format])

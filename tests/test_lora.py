@@ -224,8 +224,8 @@ def test_an_adapter_and_what_it_is_merged_into_are_equal(words, adapted, finetun
 
 
 def test_a_model_of_ours_is_a_base_too(places, finetune, tmp_path):
-    words = "--architecture modern --n_layer 1 --n_embd 32 --n_head 2 --n_positions 32".split()
-    base = tmp_path / "modern"
+    words = "--architecture qwen3 --n_layer 1 --n_embd 32 --n_head 2 --n_positions 32".split()
+    base = tmp_path / "qwen3"
     AcceleratorState._reset_state(reset_partial_state=True)
     assert (
         run("pretrain_char.py", "--corpus", places / "poems.txt", "--output_dir", base, *words, *RHYTHM) == 0
@@ -338,7 +338,7 @@ def bad_inputs(places, tmp_path, adapter):
     export(model, tokenizer, bases["tokens"], "nanogpt")
     chars = train_char_tokenizer([POEMS])
     fields = sizes | {"vocab_size": len(chars), "eos_token_id": 1, "bos_token_id": 1}
-    export(NanoGPTForCausalLM(NanoGPTConfig(architecture="modern", **fields)), chars, bases["qwen"])
+    export(NanoGPTForCausalLM(NanoGPTConfig(architecture="qwen3", **fields)), chars, bases["qwen"])
     export(NanoGPTForCausalLM(NanoGPTConfig(**fields)), chars, bases["char"])
 
     def base(name):

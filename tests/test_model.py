@@ -1,12 +1,11 @@
-"""The network against the two reference implementations, and everything transformers expects of a model."""
+"""The network against the three reference implementations, and everything transformers expects of a model."""
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, preset_config
-from nanogpt_hf.model.configuration_nanogpt import qwen3_fields
-from nanogpt_hf.model.modeling_nanogpt import qwen3_state_dict
+from nanogpt_hf.model.conversion import FAMILIES, native_fields, to_native, to_plain
 
 SIZES = dict(vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
 
@@ -46,18 +45,81 @@ def test_gpt2_variants(options):
     torch.testing.assert_close(ours(ids(2, 9)).logits, theirs(ids(2, 9)).logits, atol=1e-5, rtol=0)
 
 
+GROUPED = {"n_kv_head": 2, "head_dim": 16}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_modern_is_a_qwen3(dtype):
-    ours = make("modern")
-    theirs = Qwen3ForCausalLM(Qwen3Config(**qwen3_fields(ours.config))).eval()
-    theirs.load_state_dict(qwen3_state_dict(ours))
+@pytest.mark.parametrize("fields", [{}, GROUPED, {"n_kv_head": 1, "tie_word_embeddings": False}])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_qwen3_and_llama_are_transformers_own(architecture, fields, dtype):
+    ours = make(architecture, **fields)
+    theirs = to_plain(ours)
+    assert type(theirs) is FAMILIES[architecture][1]
     ours, theirs, x = ours.to(dtype), theirs.to(dtype), ids(3, 32)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-class TestBothArchitectures:
+# As their config.json on the Hub says; depth is cut, and the vocabulary where memory demands it.
+PUBLISHED = {
+    "Qwen3-0.6B": ("qwen3", 1024, 3072, 16, 8, 128, 1024, 1e6),
+    "Qwen3-1.7B": ("qwen3", 2048, 6144, 16, 8, 128, 1024, 1e6),
+    "Qwen3-4B": ("qwen3", 2560, 9728, 32, 8, 128, 1024, 1e6),
+    "SmolLM2-135M": ("llama", 576, 1536, 9, 3, 64, 49152, 1e5),
+    "SmolLM2-360M": ("llama", 960, 2560, 15, 5, 64, 49152, 1e5),
+    "SmolLM2-1.7B": ("llama", 2048, 8192, 32, 32, 64, 1024, 1.3e5),
+    "Llama-3.2-1B": ("llama", 2048, 8192, 32, 8, 64, 1024, 5e5),  # without its rope_scaling
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_published_shapes_go_both_ways(name):
+    family, hidden, inner, heads, kv_heads, head_dim, vocabulary, theta = PUBLISHED[name]
+    config_class, model_class = FAMILIES[family]
+    fields = {
+        **{"hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocabulary, "head_dim": head_dim},
+        **{"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 1},
+        **{"max_position_embeddings": 8192, "tie_word_embeddings": True, "rope_theta": theta},
+    }
+    torch.manual_seed(0)
+    theirs = model_class(config_class(**fields)).eval()
+    for parameter_name, parameter in theirs.named_parameters():
+        if "norm" in parameter_name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    ours = to_native(theirs, NanoGPTConfig(**native_fields(family, {"model_type": family, **fields})))
+    x = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = theirs(x).logits
+    torch.testing.assert_close(ours(x).logits, expected, atol=1e-5, rtol=0)
+    assert ours.config.architecture == family and ours.num_parameters() == theirs.num_parameters()
+    back = to_plain(ours)
+    torch.testing.assert_close(back(x).logits, expected, atol=1e-5, rtol=0)
+    assert all(torch.equal(back.state_dict()[key], value) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "family, field, value",
+    [
+        ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
+                                      "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+        ("llama", "mlp_bias", True),
+        ("llama", "attention_bias", True),
+        ("qwen3", "hidden_act", "gelu"),
+        ("qwen3", "layer_types", ["sliding_attention"] * 32),
+    ],
+)  # fmt: skip
+def test_what_ours_cannot_hold_is_refused_by_the_fields_name(family, field, value):
+    with pytest.raises(ValueError, match=f"differs from the {family} architecture of nanogpt_hf in {field}:"):
+        native_fields(family, {"model_type": family, field: value})
+
+
+def test_a_checkpoint_of_the_old_name_is_a_qwen3():
+    config = NanoGPTConfig(architecture="modern", **SIZES)
+    assert config == NanoGPTConfig(architecture="qwen3", **SIZES) and config.architecture == "qwen3"
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "llama"])
+class TestEveryArchitecture:
     def test_cached_static_and_uncached_greedy_agree(self, architecture):
         model, x = make(architecture), ids(2, 5)
         options = dict(
@@ -154,9 +216,9 @@ def test_logits_to_keep_computes_the_last_logits_only():
 
 def test_config_resolves_and_names_its_architecture():
     assert NanoGPTConfig().architecture == "gpt2"
-    modern = NanoGPTConfig(architecture="modern", **SIZES)
-    assert (modern.norm, modern.positions, modern.mlp, modern.bias) == ("rmsnorm", "rotary", "swiglu", False)
-    mixed = NanoGPTConfig(architecture="modern", norm="layernorm", **SIZES)
+    config = NanoGPTConfig(architecture="qwen3", **SIZES)
+    assert (config.norm, config.positions, config.mlp, config.bias) == ("rmsnorm", "rotary", "swiglu", False)
+    mixed = NanoGPTConfig(architecture="qwen3", norm="layernorm", **SIZES)
     assert mixed.architecture == "custom"
     assert NanoGPTConfig.from_dict(mixed.to_dict()).norm == "layernorm"
     assert NanoGPTForCausalLM(mixed)(ids(1, 4)).logits.isfinite().all()
@@ -166,11 +228,14 @@ def test_config_resolves_and_names_its_architecture():
     "fields, message",
     [
         ({"n_head": 5}, "multiple of n_head"),
-        ({"architecture": "llama"}, "use one of gpt2, modern"),
+        ({"architecture": "gemma"}, "use one of gpt2, qwen3, llama"),
+        ({"n_kv_head": 3}, "multiple of n_kv_head"),
+        ({"n_kv_head": 0}, "n_kv_head is 0"),
+        ({"architecture": "qwen3", "head_dim": 7}, "even head size"),
         ({"norm": "batchnorm"}, "use one of layernorm, rmsnorm"),
         ({"n_layer": 0}, "at least 1"),
         ({"resid_pdrop": 1.5}, "under 1"),
-        ({"architecture": "modern", "n_embd": 12, "n_head": 4}, "even head size"),
+        ({"architecture": "qwen3", "n_embd": 12, "n_head": 4}, "even head size"),
         ({"add_cross_attention": True}, "unset it"),
     ],
 )

@@ -118,11 +118,12 @@ def kept_by_forward(config, batch_size: int, compiled: bool) -> int:
     return sum(count for pointer, (count, _) in kept.items() if pointer not in parameters)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "llama"])
 @pytest.mark.parametrize(
     "fields, batch_size, compiled",
     [
         ({}, 2, False),
+        ({"n_kv_head": 2, "head_dim": 8}, 2, False),
         ({"n_embd": 96, "n_head": 3, "n_positions": 48}, 5, False),
         ({"n_embd": 96, "n_head": 3}, 2, True),
     ],
@@ -169,11 +170,12 @@ FEW_WORDS = {"vocab_size": 64}
 MANY_WORDS = {"vocab_size": 4096}
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 @pytest.mark.parametrize(
     "fields, batch_size, micro_batches, checkpointing",
     [
         (MANY_WORDS, 4, 1, False),  # the logits, in chunks, are the most
+        (FEW_WORDS | {"n_kv_head": 1, "head_dim": 32}, 4, 1, False),  # grouped heads, wider than the model
         (MANY_WORDS, 1, 2, False),  # the head, its gradient and those of an earlier micro-batch
         (FEW_WORDS, 4, 2, False),  # the activations, beside gradients of an earlier micro-batch
         (FEW_WORDS, 4, 2, True),  # the last block, recomputed beside earlier gradients

@@ -64,7 +64,7 @@ def refusal(words) -> str:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--optim", "muon", "--architecture", "modern", "--bf16", "false"),
+        ("--optim", "muon", "--architecture", "qwen3", "--bf16", "false"),
         (
             "--optim",
             "adamw",
@@ -218,7 +218,7 @@ def short_run(corpus, tmp_path_factory):
     [
         (("--tokenizer", "bpe", "--vocab_size", "300"), "tokenizer was "),
         (("--n_layer", "2"), "n_layer was 1 and is now 2"),
-        (("--architecture", "gpt2"), "architecture was modern and is now gpt2"),
+        (("--architecture", "gpt2"), "architecture was qwen3 and is now gpt2"),
         (("--n_inner", "24"), "n_inner was None and is now 24"),
         (("--optim", "adamw"), "optim was muon and is now adamw"),
         (("--per_device_train_batch_size", "8"), "tokens_per_step was 64 and is now 128"),

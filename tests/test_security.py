@@ -500,7 +500,7 @@ def checkpoint(tmp_path_factory):
     """A checkpoint, and the model, optimisers and tokenizer that it is of."""
     tokenizer = train_char_tokenizer([TEXT])
     config = NanoGPTConfig(
-        architecture="modern", vocab_size=320, n_positions=8, n_embd=8, n_layer=1, n_head=2
+        architecture="qwen3", vocab_size=320, n_positions=8, n_embd=8, n_layer=1, n_head=2
     )
     model = NanoGPTForCausalLM(config)
     optimizers = make_optimizers(model, TrainingSettings(optim="muon"))

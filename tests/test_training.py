@@ -65,7 +65,7 @@ def test_accumulation_of_ragged_micro_batches_is_the_whole_batch(micro_batch):
 
 def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay():
     for optim, count in (("adamw", 1), ("muon", 2)):
-        for architecture in ("gpt2", "modern"):
+        for architecture in ("gpt2", "qwen3"):
             config = NanoGPTConfig(architecture=architecture, n_embd=32, n_layer=2, n_head=2, vocab_size=50)
             model = NanoGPTForCausalLM(config)
             optimizers = make_optimizers(model, TrainingSettings(optim=optim, weight_decay=0.3))
@@ -202,7 +202,7 @@ def test_a_compiled_block_takes_the_steps_of_an_eager_one_and_is_eager_again_in_
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_a_recorded_step_is_the_step_itself(architecture, optim, own_accelerate_state):
     """Dropout included: a replay draws the random numbers of its own step."""
     results = []

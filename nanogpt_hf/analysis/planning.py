@@ -4,7 +4,8 @@ Tensor and context parallelism are planned although nothing here trains with the
 and that is what who plans one has to know. Parameters are counted on the meta device. Memory is the peak of one training step of `stepping.py`: bfloat16 autocast,
 float32 weights, fused AdamW, attention that never holds its T x T scores. Every estimate is a sum of named terms.
 
-Shapes: B sequences a micro-batch, T tokens, C channels, H heads, I width of the MLP, V vocabulary.
+Shapes: B sequences a micro-batch, T tokens, C channels, H heads, K heads of keys and values, D head size, I width of
+the MLP, V vocabulary.
 """
 
 import math
@@ -100,13 +101,13 @@ def training_flops(size: Size, tokens: float) -> dict[str, float]:
     """FLOPs of forward and backward, recomputed activations left out.
 
     matmul: 6 a parameter and token (Kaplan et al. 2020, section 2.1), all N parameters, as GPT-3's table D.1 counts.
-    attention: 12 n_layer C T a token (Chowdhery et al. 2022, appendix B): scores and their sums over the whole
+    attention: 12 n_layer H D T a token (Chowdhery et al. 2022, appendix B): scores and their sums over the whole
     context, though a causal kernel needs half.
     """
     config = size.config
     return {
         "matmul": 6 * size.parameters * tokens,
-        "attention": 12 * config.n_layer * config.n_embd * config.n_positions * tokens,
+        "attention": 12 * config.n_layer * config.n_head * config.head_dim * config.n_positions * tokens,
     }
 
 
@@ -178,7 +179,8 @@ def check_layout(layout: Layout, config: NanoGPTConfig, gpus: int) -> None:
     if layout.gpus != gpus:
         product = " x ".join(f"{name} {getattr(layout, name)}" for name in LAYOUT_SIZES)
         raise UserError(f"--gpus is {gpus:,}, but {product} is {layout.gpus:,}: they must be equal.")
-    for width, value in (("n_head", config.n_head), ("the MLP's width", config.inner_size)):
+    widths = {"n_head": config.n_head, "n_kv_head": config.n_kv_head, "the MLP's width": config.inner_size}
+    for width, value in widths.items():
         if value % layout.tp_size:
             raise UserError(f"--tp_size {layout.tp_size} does not divide {width} ({value:,}).")
     if config.n_positions % (2 * layout.cp_size) and layout.cp_size > 1:
@@ -208,25 +210,26 @@ def activation_bytes(
 
     2 bytes are a bfloat16 value and 4 a float32 one.
     """
-    C, H, inner = config.n_embd, config.n_head, config.inner_size
+    C, H, K, inner = config.n_embd, config.n_head, config.n_kv_head, config.inner_size
+    HD, KD = H * config.head_dim, K * config.head_dim
     gated, rms = config.mlp == "swiglu", config.norm == "rmsnorm"
     kept = {
         # input; 1/std, and LayerNorm's mean
         "norms": 2 * (norm_input_bytes(config, compiled, device) * C + (4 if rms else 8)),
         "normalised": 2 * 2 * C,  # input of c_attn and c_fc
-        "attention": (3 * 2 * C + 2 * C + 4 * H) / tp_size,  # query, key, value; output; log-sum-exp
+        "attention": (2 * HD + 2 * 2 * KD + 2 * HD + 4 * H) / tp_size,  # query, key, value; output; log-sum-exp
         # c_fc's output and c_proj's input; eagerly, SwiGLU's gate after its silu too
         "mlp": (3 if gated and compiled else 4 if gated else 2) * 2 * inner / tp_size,
     }
     if config.qk_norm:  # both norms' input in float32, which compiled code makes anew; their rotated output
-        kept["qk_norm"] = ((0 if compiled else 2 * 4 * C) + 2 * 2 * C + 2 * 4 * H) / tp_size
+        kept["qk_norm"] = ((0 if compiled else 4 * (HD + KD)) + 2 * (HD + KD) + 4 * (H + K)) / tp_size
     elif config.positions == "rotary":
-        kept["rotation"] = 2 * 2 * C / tp_size
+        kept["rotation"] = 2 * (HD + KD) / tp_size
     if config.resid_pdrop:
         kept["dropout masks"] = 2 * C
     if device == "cpu" and rms and not compiled:
         # CPU only: rms_norm is several operations there, and keeps what it has normalised too
-        kept["float32 norms"] = 4 * C * (4 if config.qk_norm else 2)
+        kept["float32 norms"] = 4 * (2 * C + (HD + KD if config.qk_norm else 0))
     return kept
 
 
@@ -266,6 +269,7 @@ def step_memory(
     config = size.config
     tokens = batch_size * config.n_positions / layout.cp_size
     C, L = config.n_embd, config.n_layer
+    HD, KD = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     fsdp = layout.shards > 1
     local = size.parameters - size.matrices * (1 - 1 / layout.tp_size)  # before sharding
     block = size.block / layout.tp_size
@@ -284,9 +288,9 @@ def step_memory(
     kept = L * (2 * C * tokens if layout.gradient_checkpointing else one_block)
     kept += (norm_input_bytes(config, False, device) * C + 2 * C + (C if config.embd_pdrop else 0)) * tokens
     if layout.cp_size > 1:  # keys and values of the whole sequence, while a block attends
-        kept += 2 * 2 * C / layout.tp_size * batch_size * config.n_positions
+        kept += 2 * 2 * KD / layout.tp_size * batch_size * config.n_positions
     hidden = (8 if config.mlp == "swiglu" else 4) * config.inner_size / layout.tp_size
-    in_block = (3 * C + hidden) * tokens  # gradients of its activations, as torch's MemTracker finds them
+    in_block = (HD + 2 * KD + hidden) * tokens  # gradients of its activations, as torch's MemTracker finds them
     again = one_block if layout.gradient_checkpointing else 0
 
     # Gradients of weights: float32 beside the weights. Earlier micro-batches leave theirs; DDP holds them from the
@@ -323,7 +327,7 @@ def usual_layouts(config: NanoGPTConfig, gpus: int) -> list[Layout]:
     if gpus == 1:
         return [Layout(), Layout(gradient_checkpointing=True)]
     machine = max(n for n in (1, 2, 4, 8) if gpus % n == 0)
-    split = max(n for n in (1, 2, 4, 8) if machine % n == config.n_head % n == config.inner_size % n == 0)
+    split = max(n for n in (1, 2, 4, 8) if machine % n == config.n_kv_head % n == config.inner_size % n == 0)
     more = {"gradient_checkpointing": True}
     layouts = [Layout(dp_replicate_size=gpus), Layout(dp_replicate_size=gpus, **more)]
     layouts += [Layout(dp_shard_size=gpus), Layout(dp_shard_size=gpus, **more)]

@@ -142,13 +142,20 @@ class ModelSettings(BaseSettings):
     preset: str | None = setting(
         None, "named size: cpu, baby, gpt2 … gpt2-xl, gpt3-small … gpt3-175b", essential=True
     )
-    architecture: Literal["gpt2", "qwen3", "modern"] | None = setting(
-        None, "gpt2: GPT-2's block; qwen3: Qwen3's (modern is its old name)"
+    architecture: Literal["gpt2", "qwen3", "llama", "modern"] | None = setting(
+        None, "gpt2, qwen3 or llama: the block of that family (modern is qwen3's old name)"
     )
     n_layer: int | None = setting(None, "blocks", ge=1)
     n_head: int | None = setting(None, "attention heads", ge=1)
+    n_kv_head: int | None = setting(None, "heads of keys and values, shared by groups of heads", ge=1)
+    head_dim: int | None = setting(None, "size of a head; default: n_embd / n_head", ge=1)
     n_embd: int | None = setting(None, "width, in channels", ge=1)
     n_inner: int | None = setting(None, "width of the MLP's hidden layer", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.architecture == "modern":
+            object.__setattr__(self, "architecture", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -236,7 +243,9 @@ class SharingSettings(Settings):
         None, "name on the Hub, NAME or OWNER/NAME; default: the run folder's name"
     )
     hub_private_repo: bool = setting(False, "make the Hub repository private")
-    hub_format: Literal["auto", "gpt2", "qwen3", "nanogpt"] = setting("auto", "checkpoint format on the Hub")
+    hub_format: Literal["auto", "gpt2", "qwen3", "llama", "nanogpt"] = setting(
+        "auto", "checkpoint format on the Hub"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,23 @@
 """One token after another: how the next token is drawn, and the fast step of our own models.
 
-Shapes: B rows, T time (tokens), C channels, H heads, D head size, V vocabulary, L room in the cache.
+Shapes: B rows, T time (tokens), C channels, H heads, K heads of keys and values, D head size, V vocabulary, L room in
+the cache.
 """
 
-import math
+import functools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..model.modeling_nanogpt import NanoGPTBlock, NanoGPTForCausalLM, RMSNorm, rotation_angles
-
-# A product of few rows reads its weights once, and MKL lets one core do that: 2 cores of an AMD EPYC (2026-11-24) read 8
-# to 12 GB/s of 3072 x 768 weights whole and 15 to 18 as a batch of two halves; below so many weights it costs more.
-SPLIT_FROM = 2**18
-
+from ..common.errors import UserError
+from ..model.modeling_nanogpt import NanoGPTAttention, NanoGPTBlock, NanoGPTForCausalLM, RMSNorm, rotation_angles
+from .layers import plain, plain_rms_norm, swiglu
 
 class Sampler:
     """Draws the next token (B) from logits (B V): temperature, then top-k, then top-p, as transformers orders them.
@@ -89,23 +86,26 @@ class StaticDecoder:
     Args:
         rows: B.
         room: L, how many tokens the cache holds for each row.
+        int8: hold the weights of projections and head in 8 bits beside the model's own; on a CPU.
     """
 
-    def __init__(self, model: NanoGPTForCausalLM, sampler: Sampler, rows: int, room: int):
+    def __init__(
+        self, model: NanoGPTForCausalLM, sampler: Sampler, rows: int, room: int, int8: bool = False
+    ):
         self.model, self.sampler = model, sampler
         config, network = model.config, model.transformer
         self.wte = network.wte.weight
         room = -(-room // 16) * 16  # CUDA's attention wants the rows of its mask aligned
-        self.blocks = [_Block(block) for block in network.h]
-        self.norm, self.head = _plain(network.ln_f), _plain(model.lm_head)
+        self.blocks = [_Block(block, int8) for block in network.h]
+        self.norm, self.head = plain(network.ln_f), plain(model.lm_head, int8)
         on_device = {"device": self.wte.device, "dtype": torch.long}
-        D = config.n_embd // config.n_head
-        self.keys, self.values = self.wte.new_zeros(2, config.n_layer, rows, config.n_head, room, D)
+        D = config.head_dim
+        self.keys, self.values = self.wte.new_zeros(2, config.n_layer, rows, config.n_kv_head, room, D)
         self.columns = torch.arange(room, **on_device)
         self.position = torch.zeros(1, **on_device)  # of the token to be read
         if config.positions == "rotary":
             cos, sin = (table[0, 0] for table in rotation_angles(config, self.columns[None]))  # L D
-            self.rotation = cos, torch.cat((-sin[:, : D // 2], sin[:, D // 2 :]), dim=1)
+            self.rotation = cos.contiguous(), torch.cat((-sin[:, : D // 2], sin[:, D // 2 :]), dim=1)
         else:
             self.rotation, self.wpe = None, network.wpe.weight
         self.token = torch.zeros(rows, **on_device)  # what the graph reads and replaces
@@ -133,14 +133,10 @@ class StaticDecoder:
     def _step(self, token: torch.Tensor, length: int, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Read one token (B) at self.position, where each row has at most `length`; the token that follows it."""
         x = self.wte.index_select(0, token)  # B C
-        rotation = None
         if self.rotation is None:
             x = x + self.wpe.index_select(0, self.position)
-        else:
-            rotation = [table.index_select(0, self.position) for table in self.rotation]  # 1 D each
-        keys, values = self.keys[..., :length, :].unbind(0), self.values[..., :length, :].unbind(0)
-        for block, *cache in zip(self.blocks, keys, values, strict=True):
-            x = block(x, cache, self.position, rotation, mask)
+        for block, *cache in zip(self.blocks, self.keys, self.values, strict=True):
+            x = block(x, cache, self.position, self.rotation, length, mask)
         self.position += 1
         return self.sampler(self.head(self.norm(x)))
 
@@ -191,29 +187,72 @@ class StaticDecoder:
 class _Block:
     """A NanoGPTBlock at one token, over plain functions."""
 
-    def __init__(self, block: NanoGPTBlock):
+    def __init__(self, block: NanoGPTBlock, int8: bool):
         attention, mlp = block.attn, block.mlp
-        self.heads, self.scaling = (3, -1, attention.head_dim), attention.scaling
-        self.ln_1, self.ln_2 = _plain(block.ln_1), _plain(block.ln_2)
-        self.c_attn, self.c_proj = _plain(attention.c_attn), _plain(attention.c_proj)
-        self.qk_norm = _side_by_side(attention.q_norm, attention.k_norm) if attention.config.qk_norm else None
-        self.c_fc, self.c_out = _plain(mlp.c_fc), _plain(mlp.c_proj)
-        self.activation = _swiglu if mlp.gated else mlp.activation
+        self.heads, self.head_dim, self.scaling = attention.heads, attention.head_dim, attention.scaling
+        self.ln_1, self.ln_2 = plain(block.ln_1), plain(block.ln_2)
+        self.c_attn, self.c_proj = plain(attention.c_attn, int8), plain(attention.c_proj, int8)
+        self.c_fc, self.c_out = plain(mlp.c_fc, int8), plain(mlp.c_proj, int8)
+        kernels = _kernels(attention.c_attn.weight.device)
+        self.place_heads = _place_heads(attention, kernels)
+        self.activation = mlp.activation
+        if mlp.gated:
+            self.activation = kernels.swiglu if kernels else swiglu
 
-    def __call__(self, x, cache, position, rotation, mask):
-        B, C = x.shape
-        keys, values = cache  # B H L D
-        qk, value = self.c_attn(self.ln_1(x)).view(B, *self.heads).split((2, 1), dim=1)  # B 2 H D, B 1 H D
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
-        if rotation is not None:
-            qk = _rotate(qk, *rotation)
-        query, key = qk.unbind(1)  # B H D
-        keys.index_copy_(2, position, key.unsqueeze(2))
-        values.index_copy_(2, position, value.transpose(1, 2))
-        mixed = F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, mask, scale=self.scaling)
-        x = x + self.c_proj(mixed.reshape(B, C))
+    def __call__(self, x, cache, position, rotation, length, mask):
+        B, K = len(x), self.heads[1]
+        keys, values = cache  # B K L D
+        query = self.place_heads(
+            self.c_attn(self.ln_1(x)).view(B, -1, self.head_dim), keys, values, position, rotation
+        )  # B H D
+        # The heads of a group stand where the tokens of a query would: one read of the cache serves them all.
+        mixed = F.scaled_dot_product_attention(
+            query.view(B, K, -1, self.head_dim),
+            keys[:, :, :length],
+            values[:, :, :length],
+            mask,
+            scale=self.scaling,
+        )
+        x = x + self.c_proj(mixed.reshape(B, -1))
         return x + self.c_out(self.activation(self.c_fc(self.ln_2(x))))
+
+
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels of step_kernels.py, where Triton is here (torch on Windows and CPUs has none) and works."""
+    if device.type != "cuda":
+        return None
+    try:
+        from . import step_kernels
+    except ImportError:
+        return None
+    return step_kernels if step_kernels.work(device) else None
+
+
+def _place_heads(attention: NanoGPTAttention, kernels: ModuleType | None) -> Callable[..., torch.Tensor]:
+    """What makes queries (B H D) of c_attn's output (B (H + 2K) D) and puts keys and values into the cache.
+
+    Its other arguments: keys and values (B K L D), the position, and cosines and signed sines (L D each) or None.
+    """
+    norms = (attention.q_norm, attention.k_norm) if attention.config.qk_norm else ()
+    if kernels and all(type(norm) is RMSNorm for norm in norms):
+        weights = (torch.cat([norm.weight for norm in norms]), norms[0].eps) if norms else None
+        return partial(kernels.place_heads, norms=weights)
+    heads = attention.heads
+    normalize = _side_by_side(*norms, heads) if norms else None
+
+    def place(projected, keys, values, position, rotation):
+        qk, value = projected.split((heads[0] + heads[1], heads[2]), dim=1)
+        if normalize is not None:
+            qk = normalize(qk)
+        if rotation is not None:
+            qk = _rotate(qk, *(table.index_select(0, position) for table in rotation))
+        query, key = qk.split(heads[:2], dim=1)
+        keys.index_copy_(2, position, key.unsqueeze(2))
+        values.index_copy_(2, position, value.unsqueeze(2))
+        return query
+
+    return place
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
@@ -221,77 +260,29 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> tor
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin).to(x.dtype)
 
 
-def _swiglu(x: torch.Tensor) -> torch.Tensor:
-    gate, value = x.chunk(2, dim=-1)
-    return F.silu(gate) * value
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, given weight sqrt(C) and floor sqrt(C eps)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x / norm.hypot(floor) * weight).to(x.dtype)
-
-
-def _side_by_side(q_norm: nn.Module, k_norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The norms of queries and keys as one function of both (B 2 H D)."""
-    if type(q_norm) is type(k_norm) is RMSNorm:
-        return _plain_rms_norm(q_norm, torch.stack((q_norm.weight, k_norm.weight))[:, None])
-    norms = _plain(q_norm), _plain(k_norm)
-    return lambda x: torch.stack([norm(part) for norm, part in zip(norms, x.unbind(1), strict=True)], dim=1)
-
-
-def _plain_rms_norm(module: RMSNorm, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    C = module.normalized_shape[0]
-    floor = torch.tensor(math.sqrt(C * module.eps), device=weight.device)
-    return partial(_rms_norm, weight=weight.float() * math.sqrt(C), floor=floor)
-
-
-def _plain(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A layer as a function of x (B C): no hooks, no reshaping. What is not one of the network's own stays itself."""
-    if type(module) is nn.LayerNorm:
-        shape = module.normalized_shape
-        return lambda x: torch.layer_norm(x, shape, module.weight, module.bias, module.eps)
-    if type(module) is RMSNorm:
-        return _plain_rms_norm(module, module.weight)
-    if type(module) not in (Conv1D, nn.Linear):
-        return module
-    weight, bias = module.weight, module.bias
-    split = weight.device.type == "cpu" and weight.numel() >= SPLIT_FROM and torch.get_num_threads() > 1
-    if type(module) is Conv1D:
-        return _split_by_inputs(weight, bias) if split else partial(torch.addmm, bias, mat2=weight)
-    return _split_by_outputs(weight, bias) if split else partial(F.linear, weight=weight, bias=bias)
-
-
-def _split_by_inputs(weight: torch.Tensor, bias: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x (B I) @ weight (I O) + bias (O), a share of the inputs on each thread."""
-    inputs, outputs = weight.shape
-    parts = max(n for n in range(1, torch.get_num_threads() + 1) if inputs % n == 0)
-    weights = weight.view(parts, -1, outputs)
-    biases = torch.cat((bias[None], bias.new_zeros(parts - 1, outputs)))[:, None]
-    return lambda x: torch.baddbmm(biases, x.view(len(x), parts, -1).transpose(0, 1), weights).sum(0)
-
-
-def _split_by_outputs(
-    weight: torch.Tensor, bias: torch.Tensor | None
+def _side_by_side(
+    q_norm: nn.Module, k_norm: nn.Module, heads: tuple[int, int, int]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x (B I) @ weight (O I) transposed + bias (O), a share of the outputs on each thread."""
-    outputs, inputs = weight.shape
-    parts = min(torch.get_num_threads(), outputs)
-    even = outputs - outputs % parts
-    weights, rest = weight[:even].view(parts, -1, inputs).transpose(1, 2), weight[even:]
-
-    def product(x):
-        y = torch.matmul(x, weights).transpose(0, 1).reshape(len(x), even)
-        y = torch.cat((y, F.linear(x, rest)), dim=1) if len(rest) else y
-        return y if bias is None else y + bias
-
-    return product
+    """The norms of queries and keys as one function of both (B (H + K) D)."""
+    if type(q_norm) is type(k_norm) is RMSNorm:
+        weights = [norm.weight.expand(count, -1) for norm, count in zip((q_norm, k_norm), heads, strict=False)]
+        return plain_rms_norm(q_norm, torch.cat(weights))
+    norms = plain(q_norm), plain(k_norm)
+    return lambda x: torch.cat(
+        [norm(part) for norm, part in zip(norms, x.split(heads[:2], dim=1), strict=True)], dim=1
+    )
 
 
 def make_decoder(
-    model: PreTrainedModel, sampler: Sampler, rows: int, room: int
+    model: PreTrainedModel, sampler: Sampler, rows: int, room: int, int8: bool = False
 ) -> CachedDecoder | StaticDecoder:
+    """The fastest decoder of a model.
+
+    Raises:
+        UserError: int8, and the model is not one of ours on a CPU.
+    """
     # A subclass (FSDP makes one), a wrapper (peft, compiled) or a device map need not hold its weights where the step looks.
-    if type(model) is NanoGPTForCausalLM and not hasattr(model, "hf_device_map"):
-        return StaticDecoder(model, sampler, rows, room)
-    return CachedDecoder(model, sampler)
+    ours = type(model) is NanoGPTForCausalLM and not hasattr(model, "hf_device_map")
+    if int8 and not (ours and model.device.type == "cpu"):
+        raise UserError("weights of 8 bits need a CPU, and a model that is a GPT-2, a Qwen3 or a Llama: leave int8 out.")
+    return StaticDecoder(model, sampler, rows, room, int8) if ours else CachedDecoder(model, sampler)

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from . import conversion  # noqa: F401  it teaches from_pretrained the other families
 from .configuration_nanogpt import ARCHITECTURES, NanoGPTConfig
 from .modeling_nanogpt import (
     NanoGPTForCausalLM,

@@ -1,4 +1,4 @@
-"""The settings of a NanoGPT model: GPT-2's, and five switches that turn GPT-2's block into Qwen3's.
+"""The settings of a NanoGPT model: GPT-2's, and what turns GPT-2's block into Qwen3's or Llama's.
 
 This file and modeling_nanogpt.py travel with every checkpoint, so they import nothing but transformers.
 """
@@ -8,8 +8,10 @@ from transformers.activations import ACT2FN
 
 ARCHITECTURES = {
     "gpt2": {"norm": "layernorm", "positions": "learned", "qk_norm": False, "mlp": "gelu", "bias": True},
-    "modern": {"norm": "rmsnorm", "positions": "rotary", "qk_norm": True, "mlp": "swiglu", "bias": False},
+    "qwen3": {"norm": "rmsnorm", "positions": "rotary", "qk_norm": True, "mlp": "swiglu", "bias": False},
+    "llama": {"norm": "rmsnorm", "positions": "rotary", "qk_norm": False, "mlp": "swiglu", "bias": False},
 }
+FORMER_NAMES = {"modern": "qwen3"}  # of older checkpoints and run folders
 CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rotary"), "mlp": ("gelu", "swiglu")}
 
 
@@ -17,22 +19,31 @@ class NanoGPTConfig(GPT2Config):
     """GPT2Config with the switches of the block.
 
     Args:
-        architecture: "gpt2" (GPT-2 exactly) or "modern" (a Qwen3 block exactly); it sets every switch below that
-            is not given. Switches that match neither read back as "custom", which only the native format can hold.
+        architecture: "gpt2", "qwen3" or "llama", each exactly the block of that family; it sets every switch below
+            that is not given. What matches none reads back as "custom", which only the native format can hold.
         norm: "layernorm" or "rmsnorm".
         positions: "learned" (a table of n_positions rows) or "rotary".
         qk_norm: normalise every query and key head before the rotation.
         mlp: "gelu" (n_inner defaults to 4 n_embd) or "swiglu" (to 8/3 n_embd, rounded up to a multiple of 64).
         bias: biases in the projections and LayerNorms.
         rope_theta: base of the rotary frequencies.
+        n_kv_head: heads of keys and values, each shared by n_head / n_kv_head heads of queries (grouped-query
+            attention, Ainslie et al. 2023); n_head by default.
+        head_dim: size of a head; n_embd / n_head by default.
 
     Every other field is GPT2Config's. Field types are strict: a wrong type is an error.
+
+    Attributes:
+        readers: model type -> what makes our fields of another family's config. nanogpt_hf fills it in; a checkpoint
+            alone reads nanogpt and gpt2.
 
     Raises:
         ValueError: for values that do not fit together, in one sentence.
     """
 
     model_type = "nanogpt"
+    attribute_map = GPT2Config.attribute_map | {"num_key_value_heads": "n_kv_head"}
+    readers = {}
 
     architecture: str = "gpt2"
     norm: str | None = None
@@ -41,17 +52,30 @@ class NanoGPTConfig(GPT2Config):
     mlp: str | None = None
     bias: bool | None = None
     rope_theta: float | int = 10_000.0
+    n_kv_head: int | None = None
+    head_dim: int | None = None
 
     def __post_init__(self, **kwargs):
+        self.architecture = FORMER_NAMES.get(self.architecture, self.architecture)
         if self.architecture not in (*ARCHITECTURES, "custom"):
             raise ValueError(f"architecture is {self.architecture!r}, use one of {', '.join(ARCHITECTURES)}.")
         for switch, value in ARCHITECTURES.get(self.architecture, ARCHITECTURES["gpt2"]).items():
             if getattr(self, switch) is None:
                 setattr(self, switch, value)
+        self._check()
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.head_dim is None:
+            self.head_dim = self.n_embd // self.n_head
         switches = {switch: getattr(self, switch) for switch in ARCHITECTURES["gpt2"]}
         self.architecture = next(
             (name for name, preset in ARCHITECTURES.items() if preset == switches), "custom"
         )
+        if self.architecture == "gpt2" and (self.n_kv_head, self.head_dim * self.n_head) != (
+            self.n_head,
+            self.n_embd,
+        ):
+            self.architecture = "custom"
         # AutoModel cannot be written by save_pretrained of the head class, so all are named here.
         self.auto_map = {
             "AutoConfig": "configuration_nanogpt.NanoGPTConfig",
@@ -61,7 +85,6 @@ class NanoGPTConfig(GPT2Config):
         }
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        self._check()
 
     def _check(self):
         for switch, allowed in CHOICES.items():
@@ -71,15 +94,17 @@ class NanoGPTConfig(GPT2Config):
             raise ValueError(
                 f"activation_function is {self.activation_function!r}, which transformers does not have."
             )
-        for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}, it must be at least 1.")
-        if self.n_embd % self.n_head:
+        for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_kv_head", "head_dim"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} is {value}, it must be at least 1.")
+        if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}).")
-        if self.positions == "rotary" and (self.n_embd // self.n_head) % 2:
-            raise ValueError(
-                f"rotary positions need an even head size, n_embd / n_head is {self.n_embd // self.n_head}."
-            )
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head}).")
+        head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.positions == "rotary" and head_dim % 2:
+            raise ValueError(f"rotary positions need an even head size, it is {head_dim}.")
         for field in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, it must be at least 0 and under 1.")
@@ -97,82 +122,25 @@ class NanoGPTConfig(GPT2Config):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Also reads the configs of the two plain formats, GPT-2's and Qwen3's.
+        """Also reads the configs of GPT-2 and of the families in `readers`.
 
         Raises:
-            ValueError: the checkpoint is of another model type, or uses a part of Qwen3 that we do not have.
+            ValueError: the checkpoint is of another model type, or has a part that ours does not.
         """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config.get("model_type", cls.model_type)
         if model_type == "gpt2":
             config = config | {"architecture": "gpt2", "architectures": None}
-        elif model_type == "qwen3":
-            config = _fields_from_qwen3(config)
+        elif model_type in cls.readers:
+            config = cls.readers[model_type](config)
         elif model_type != cls.model_type:
+            known = ", ".join([cls.model_type, "gpt2", *cls.readers])
+            more = "" if cls.readers else " (qwen3 and llama too after `import nanogpt_hf`)"
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {model_type!r} model, which NanoGPT cannot read: "
-                "give a checkpoint of model type nanogpt, gpt2 or qwen3."
+                f"give a checkpoint of model type {known}{more}."
             )
         return config | {"model_type": cls.model_type}, unused
-
-
-# Qwen3's name of a field -> ours; what both name alike (vocab_size, the special tokens, …) is kept as it is.
-QWEN3_FIELDS = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner",
-    "max_position_embeddings": "n_positions",
-    "rms_norm_eps": "layer_norm_epsilon",
-    "attention_dropout": "attn_pdrop",
-}
-SHARED_FIELDS = (
-    "vocab_size initializer_range tie_word_embeddings use_cache dtype bos_token_id eos_token_id pad_token_id"
-).split()
-
-
-def _fields_from_qwen3(config: dict) -> dict:
-    # Before transformers 5 the base of the rotary frequencies was a field of its own.
-    rope = {"rope_theta": config.get("rope_theta", 10_000.0)} | (config.get("rope_parameters") or {})
-    heads, layer_types = config.get("num_attention_heads"), config.get("layer_types") or []
-    odd = [
-        name
-        for name, differs in {
-            "num_key_value_heads": config.get("num_key_value_heads") != heads,
-            "head_dim": heads is None or config.get("head_dim", 128) * heads != config.get("hidden_size"),
-            "hidden_act": config.get("hidden_act", "silu") != "silu",
-            "attention_bias": config.get("attention_bias", False),
-            "layer_types": any(kind != "full_attention" for kind in layer_types),
-            "rope_parameters": rope.get("rope_type", "default") != "default" or config.get("rope_scaling"),
-        }.items()
-        if differs
-    ]
-    if odd:
-        raise ValueError(f"this Qwen3 checkpoint differs from the modern architecture in {', '.join(odd)}.")
-    fields = {ours: config[theirs] for theirs, ours in QWEN3_FIELDS.items() if theirs in config}
-    fields |= {name: config[name] for name in SHARED_FIELDS if name in config}
-    return fields | {
-        "architecture": "modern",
-        "rope_theta": rope["rope_theta"],
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-    }
-
-
-def qwen3_fields(config: NanoGPTConfig) -> dict:
-    """The arguments of the Qwen3Config that describes the same network as a modern NanoGPTConfig."""
-    fields = {theirs: getattr(config, ours) for theirs, ours in QWEN3_FIELDS.items()}
-    fields |= {name: getattr(config, name) for name in SHARED_FIELDS}
-    if fields["pad_token_id"] not in range(config.vocab_size):
-        fields["pad_token_id"] = None  # Qwen3's embedding insists on a row for it
-    return fields | {
-        "intermediate_size": config.inner_size,
-        "num_key_value_heads": config.n_head,
-        "head_dim": config.n_embd // config.n_head,
-        "hidden_act": "silu",
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(config.rope_theta)},
-        "architectures": ["Qwen3ForCausalLM"],
-    }
 
 
 NanoGPTConfig.register_for_auto_class()

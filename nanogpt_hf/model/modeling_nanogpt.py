@@ -1,6 +1,7 @@
-"""The network: a GPT of GPT-2's block or Qwen3's, chosen by the switches of its config.
+"""The network: a GPT of GPT-2's block, Qwen3's or Llama's, chosen by the switches of its config.
 
-Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+Shapes: B batch, T time (tokens), C channels (n_embd), H heads, K heads of keys and values (n_kv_head), D head size
+(head_dim), V vocabulary.
 This file and configuration_nanogpt.py travel with every checkpoint, so they import nothing but torch,
 transformers and its safetensors.
 """
@@ -18,8 +19,6 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -32,7 +31,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_nanogpt import NanoGPTConfig, qwen3_fields
+from .configuration_nanogpt import NanoGPTConfig
 
 
 class RMSNorm(nn.RMSNorm):
@@ -58,7 +57,7 @@ def rotation_angles(config: NanoGPTConfig, position_ids: torch.Tensor) -> tuple[
 
     Computed at every call: a buffer would come back from `from_pretrained` uninitialised.
     """
-    D = config.n_embd // config.n_head
+    D = config.head_dim
     frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device=position_ids.device).float() / D)  # D/2
     angles = position_ids[:, None, :, None].float() * frequencies  # B 1 T D/2
     angles = torch.cat((angles, angles), dim=-1)
@@ -72,7 +71,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The same attention as the fused kernels, written out: B H T D in, B T H D and the weights B H T T out."""
+    """The same attention as the fused kernels, written out: B H T D and B K T D in, B T H D and weights B H T T out."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -82,19 +84,22 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 class NanoGPTAttention(nn.Module):
-    """Causal self-attention of H heads."""
+    """Causal self-attention of H heads, in groups of H / K with one head of keys and values each."""
 
     def __init__(self, config: NanoGPTConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = True
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_dim
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of queries, keys and values
+        if config.n_kv_head < config.n_head:
+            self.num_key_value_groups = config.n_head // config.n_kv_head  # transformers' kernels ask for it
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
-        self.c_attn = make_projection(config, config.n_embd, 3 * config.n_embd)
-        self.c_proj = make_projection(config, config.n_embd, config.n_embd)
+        self.c_attn = make_projection(config, config.n_embd, sum(self.heads) * self.head_dim)
+        self.c_proj = make_projection(config, config.n_head * self.head_dim, config.n_embd)
         self.c_proj.ends_residual_branch = True
         if config.qk_norm:
             self.q_norm = make_norm(config, self.head_dim)
@@ -102,17 +107,16 @@ class NanoGPTAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, rotation=None, **kwargs):
-        B, T, C = hidden_states.shape
-        query, key, value = (
-            self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim).unbind(2)
-        )  # B T H D each
+        B, T, _ = hidden_states.shape
+        projected = self.c_attn(hidden_states).view(B, T, -1, self.head_dim)
+        query, key, value = projected.split(self.heads, dim=2)  # B T H D, B T K D twice
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H T D
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H T D, B K T D
         if rotation is not None:
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # B H (past + T) D
+            key, value = past_key_values.update(key, value, self.layer_idx)  # B K (past + T) D
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attention(
             self,
@@ -124,7 +128,7 @@ class NanoGPTAttention(nn.Module):
             dropout=self.config.attn_pdrop if self.training else 0.0,
             **kwargs,
         )  # B T H D
-        return self.resid_dropout(self.c_proj(mixed.reshape(B, T, C))), weights
+        return self.resid_dropout(self.c_proj(mixed.reshape(B, T, -1))), weights
 
 
 # transformers' activation -> the argument of F.gelu that is the same function, in one kernel instead of eight.
@@ -293,8 +297,14 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
 
 
 class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
-    """The network with its language-modelling head, tied to the token embedding."""
+    """The network with its language-modelling head, tied to the token embedding.
 
+    Attributes:
+        readers: model type -> what makes a model of another family's checkpoint, as `from_pretrained` does and with
+            its loading info. nanogpt_hf fills it in.
+    """
+
+    readers = {}
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: NanoGPTConfig):
@@ -364,7 +374,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         ignore_mismatched_sizes=False,
         **kwargs,
     ):
-        """Reads a native, a plain gpt2 or a plain qwen3 checkpoint, from a folder or the Hub.
+        """Reads a native or a plain gpt2 checkpoint, or one of the families in `readers`, from a folder or the Hub.
 
         Only safetensors are read, unless use_safetensors=False asks for pickles.
 
@@ -375,7 +385,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)
         plain = {} if name is None else PreTrainedConfig.get_config_dict(name, **kwargs)[0]
-        load = cls._from_qwen3 if plain.get("model_type") == "qwen3" else super().from_pretrained
+        load = cls.readers.get(plain.get("model_type"), super().from_pretrained)
         verbosity = logging.get_verbosity()
         logging.set_verbosity(
             max(verbosity, logging.ERROR)
@@ -398,29 +408,6 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             fault = "its config.json does not describe its weights" if plain else "it has no config.json"
             raise ValueError(f"the checkpoint {name} cannot be read: {fault} ({misfit}).")
         return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _from_qwen3(cls, name, *args, config=None, **kwargs):
-        places = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        places = {key: kwargs[key] for key in places if key in kwargs}
-        if config is None:
-            config, kwargs = cls.config_class.from_pretrained(name, return_unused_kwargs=True, **kwargs)
-        theirs, info = Qwen3ForCausalLM.from_pretrained(
-            name, *args, config=Qwen3Config(**qwen3_fields(config)), **kwargs | places
-        )
-        weights = theirs.state_dict()
-        with torch.device("meta"):
-            model = cls(config)
-        model.load_state_dict(
-            {
-                ours: torch.cat([weights[part] for part in parts])
-                for ours, parts in qwen3_names(config).items()
-            },
-            assign=True,
-        )
-        model.tie_weights()
-        model.generation_config = theirs.generation_config
-        return model.eval(), info
 
 
 class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPTPreTrainedModel):
@@ -451,43 +438,6 @@ def describe_misfit(info: dict, ignore_mismatched_sizes: bool) -> str | None:
         if key.split(".")[0] in ("transformer", "model", "h", "wte", "wpe")
     ]
     return f"it has {len(stray)} weights more, {min(stray)} among them" if stray else None
-
-
-# Inside one block: our name -> Qwen3's, several where ours holds them stacked along the output dimension.
-QWEN3_BLOCK = {
-    "ln_1": ("input_layernorm",),
-    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.q_norm": ("self_attn.q_norm",),
-    "attn.k_norm": ("self_attn.k_norm",),
-    "attn.c_proj": ("self_attn.o_proj",),
-    "ln_2": ("post_attention_layernorm",),
-    "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.c_proj": ("mlp.down_proj",),
-}
-
-
-def qwen3_names(config: NanoGPTConfig) -> dict[str, list[str]]:
-    """Every weight of a modern model -> the weights of Qwen3ForCausalLM that it stacks."""
-    names = {
-        "transformer.wte.weight": ["model.embed_tokens.weight"],
-        "transformer.ln_f.weight": ["model.norm.weight"],
-    }
-    for layer in range(config.n_layer):
-        for ours, theirs in QWEN3_BLOCK.items():
-            names[f"transformer.h.{layer}.{ours}.weight"] = [
-                f"model.layers.{layer}.{name}.weight" for name in theirs
-            ]
-    return names | {"lm_head.weight": ["lm_head.weight"]}
-
-
-def qwen3_state_dict(model: NanoGPTForCausalLM) -> dict[str, torch.Tensor]:
-    """The weights of a modern model under Qwen3ForCausalLM's names, the fused projections taken apart."""
-    ours = model.state_dict()
-    return {
-        part: tensor.contiguous()
-        for name, parts in qwen3_names(model.config).items()
-        for part, tensor in zip(parts, ours[name].chunk(len(parts)), strict=True)
-    }
 
 
 NanoGPTModel.register_for_auto_class("AutoModel")

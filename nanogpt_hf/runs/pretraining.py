@@ -12,7 +12,7 @@ from ..training.checkpoints import Progress
 from ..training.loop import train
 from .run import describe, finish, language_modeling, make_ready, resolve, start
 
-SIZES = "architecture n_layer n_head n_embd n_inner n_positions".split()
+SIZES = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner n_positions".split()
 
 
 def pretrain(settings: TrainingSettings) -> Progress:

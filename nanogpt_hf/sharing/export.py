@@ -1,4 +1,4 @@
-"""A checkpoint in a format that others read: transformers' own gpt2 and qwen3, GGUF, or ours with its code."""
+"""A checkpoint in a format that others read: transformers' own gpt2, qwen3 and llama, GGUF, or ours with its code."""
 
 import copy
 import json
@@ -7,29 +7,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
-from ..model.configuration_nanogpt import qwen3_fields
+from ..model.conversion import FAMILIES, family_of, to_plain
 from ..model.loading import load_model_and_tokenizer, load_native
-from ..model.modeling_nanogpt import qwen3_state_dict
 from ..training.lora import load_merged
 from .gguf import export_gguf
 from .model_card import write_card
 from .onnx import add_onnx, check_onnx
 
 DERIVED = ("gguf", "onnx")  # made of the plain format
-PLAIN_FORMAT = {"gpt2": "gpt2", "modern": "qwen3"}  # architecture -> the format that other tools know it by
 ADAPTER_FILES = (
     "adapter_config.json adapter_model.safetensors generation_config.json tokenizer.json tokenizer_config.json"
 ).split()
@@ -41,14 +31,12 @@ def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
     Raises:
         UserError: there is no such format, or the model cannot be written in it.
     """
-    plain = PLAIN_FORMAT.get(config.architecture)
-    if plain == "qwen3" and (not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx):
-        plain = None  # Qwen3 always divides its scores by the root of the head size
+    plain = family_of(config)
     if format == "auto":
         return plain or "nanogpt"
     derived = DERIVED if plain else ()
-    if format not in (*PLAIN_FORMAT.values(), "nanogpt", *DERIVED):
-        raise UserError(f"there is no format {format!r}: use auto, gpt2, qwen3, nanogpt, gguf or onnx.")
+    if format not in (*FAMILIES, "nanogpt", *DERIVED):
+        raise UserError(f"there is no format {format!r}: use auto, {', '.join(FAMILIES)}, nanogpt, gguf or onnx.")
     if format not in (plain, "nanogpt", *derived):
         raise UserError(
             f"a model of the {config.architecture} architecture cannot be written in the format {format}: use "
@@ -68,7 +56,7 @@ def export(
     """Write model, tokenizer and generation config into a folder, as one complete checkpoint.
 
     Args:
-        format: gpt2 (for the gpt2 architecture) and qwen3 (for modern) need no code of ours to be read; nanogpt
+        format: gpt2, qwen3 and llama, for the architecture of that name, need no code of ours to be read; nanogpt
             ships it; gguf is the plain one for llama.cpp; onnx is the plain one with its graph in onnx/, for
             transformers.js; auto takes the plain format of the architecture, nanogpt if it has none.
         quantization: of a GGUF: f32, bf16 or q8_0.
@@ -87,9 +75,7 @@ def export(
         )
     format, folder = choose_format(model.config, format), Path(folder)
     if format == "gguf":
-        plain = _plain_model(model, PLAIN_FORMAT[model.config.architecture])
-        plain.generation_config = model.generation_config
-        export_gguf(plain, tokenizer, folder, quantization, name)
+        export_gguf(to_plain(model), tokenizer, folder, quantization, name)
         return format
     if format == "onnx":
         check_onnx(model)
@@ -99,7 +85,7 @@ def export(
     generation = copy.deepcopy(model.generation_config)
     generation._from_model_config = False
     generation.max_length = model.config.n_positions  # or a pipeline's default runs past the context
-    plain = model if format == "nanogpt" else _plain_model(model, format)
+    plain = model if format == "nanogpt" else to_plain(model)
     plain.save_pretrained(folder)
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -111,27 +97,10 @@ def export(
 
 
 def _fields_asked_for(config: NanoGPTConfig, format: str) -> dict:
-    """What transformers 5 does not write but others read: llama.cpp's converter (gpt2), transformers 4 (qwen3)."""
+    """What transformers 5 does not write but others read: llama.cpp's converter (gpt2), transformers 4 (qwen3, llama)."""
     if format == "gpt2":
         return {"n_ctx": config.n_positions, "n_inner": config.inner_size}
     return {"rope_theta": float(config.rope_theta)}
-
-
-def _plain_model(model: NanoGPTForCausalLM, format: str) -> PreTrainedModel:
-    """The same weights, not copied, in transformers' own class."""
-    if format == "gpt2":
-        own = ("model_type", "architectures", "transformers_version")
-        fields = {key: value for key, value in model.config.to_dict().items() if key not in own}
-        config = GPT2Config(**{key: fields[key] for key in GPT2Config().to_dict() if key in fields})
-        plain_class, state = GPT2LMHeadModel, model.state_dict()
-    else:
-        config = Qwen3Config(**qwen3_fields(model.config))
-        plain_class, state = Qwen3ForCausalLM, qwen3_state_dict(model)
-    with torch.device("meta"):
-        plain = plain_class(config)
-    plain.load_state_dict(state, assign=True)
-    plain.tie_weights()
-    return plain
 
 
 def _make_tokenizer_plain(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> None:

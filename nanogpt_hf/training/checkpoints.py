@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.files import MANIFEST, delete_at_once, file_sha256, folder_written_whole
 from ..common.text import first_line
+from ..model.configuration_nanogpt import FORMER_NAMES
 
 NEEDED = ("optimizer.safetensors", "progress.json")  # the weights' file has several names
 ADAPTER_PREFIX = "base_model.model."  # peft's name for the model inside PeftModel
@@ -225,6 +226,9 @@ def read_progress(folder: Path) -> Progress:
         )
         if not fits or progress.step < 0:
             raise UserError("a value of the wrong type")
+        if "architecture" in progress.identity:
+            name = progress.identity["architecture"]
+            progress.identity["architecture"] = FORMER_NAMES.get(name, name)
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} has no progress.json of this version: it cannot be resumed.") from error
     return progress

@@ -16,6 +16,7 @@ from ..common.files import delete, delete_left_overs
 from ..common.settings import FinetuningSettings, RunSettings, public_values
 from ..common.text import without_home
 from ..data.corpora import Corpus
+from ..model import NanoGPTConfig
 from .checkpoints import Progress, damage, newest_good, read_progress
 from .reporting import library_versions, say, write_yaml
 
@@ -45,7 +46,10 @@ def identity_of(
     tokens_per_step: int,
 ) -> dict:
     """What must be the same for a run to go on as the same run."""
-    adaptation = {}
+    config, grouped, adaptation = model.config, {}, {}
+    if isinstance(config, NanoGPTConfig):
+        usual = {"n_kv_head": config.n_head, "head_dim": config.n_embd // config.n_head}
+        grouped = {name: getattr(config, name) for name in usual if getattr(config, name) != usual[name]}
     if isinstance(settings, FinetuningSettings):
         adaptation = {name: getattr(settings, name) for name in ADAPTATION}
         adaptation |= {} if settings.full else {"base": base_sha256(model)}
@@ -53,7 +57,8 @@ def identity_of(
         "corpus": corpus.sha256,
         "validation_split_percentage": settings.validation_split_percentage,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        **{field: getattr(model.config, field) for field in SHAPE if hasattr(model.config, field)},
+        **{field: getattr(config, field) for field in SHAPE if hasattr(config, field)},
+        **grouped,
         "optim": settings.optim,
         "seed": settings.seed,
         "tokens_per_step": tokens_per_step,
