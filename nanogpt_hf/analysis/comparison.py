@@ -18,6 +18,7 @@ from ..data.corpora import Corpus
 from ..data.token_stream import TokenStream
 from ..data.tokenization import encode_with_spans
 from ..generation.text import stream_text
+from ..model.loading import context_length
 from ..training.evaluation import evaluate_split, token_losses, validation_stream
 
 LONGEST_CONTEXT = 2048  # tokens, unless more is asked for: the attention of newer models' own would not fit
@@ -60,7 +61,7 @@ def context_of(model: PreTrainedModel, wanted: int | None) -> int:
     Raises:
         UserError: more is asked for than the model has.
     """
-    own = getattr(model.config, "max_position_embeddings", None) or LONGEST_CONTEXT
+    own = context_length(model)
     if wanted is not None and wanted > own:
         raise UserError(f"--n_positions is {wanted}, more than the model's context of {own} tokens.")
     return wanted or min(own, LONGEST_CONTEXT)

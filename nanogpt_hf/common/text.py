@@ -2,17 +2,17 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
+
+# What drives a terminal or hides what a line says: controls (C0, C1), characters that turn the direction of the
+# text around, and halves of surrogate pairs. Joiners, variation selectors and what a newer Unicode adds do neither.
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelt out, so that no model's output can drive a terminal."""
-    return "".join(
-        c
-        if c.isprintable() or c in "\n\t" or c.isspace() and ord(c) > 0x9F
-        else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    """The text as it may be shown: with what could drive a terminal spelt out, and CRLF as one newline."""
+    return _UNSAFE.sub(lambda c: c[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 def without_home(path: str) -> str:

@@ -20,6 +20,9 @@ from ..model.modeling_nanogpt import NanoGPTBlock, NanoGPTForCausalLM, RMSNorm, 
 # A product of few rows reads its weights once, and MKL lets one core do that: 2 cores of an AMD EPYC (2026-11-24) read 8
 # to 12 GB/s of 3072 x 768 weights whole and 15 to 18 as a batch of two halves; below so many weights it costs more.
 SPLIT_FROM = 2**18
+# Below this temperature the likeliest token has all the probability that float32 tells from none, unless two logits tie.
+COLDEST = 1e-5
+CACHES = ("past_key_values", "cache_params")  # attention's, and that of recurrent models as Mamba
 
 
 class Sampler:
@@ -28,6 +31,12 @@ class Sampler:
     The draw is the exponential race: with noise q of Exp(1), argmax(p / q) is a sample of p. It asks nothing of the
     host, so a CUDA graph can hold it, and it takes k candidates for what they are; transformers' warpers with
     torch.multinomial write -inf over the whole vocabulary first.
+
+    Args:
+        temperature: 0, and what comes near it, takes the likeliest token.
+        top_k: draw among so many; all where the vocabulary has no more.
+        top_p: draw among the likeliest that hold this share of probability, at least one; 0 takes that one.
+        seed: of the generator; None draws another each time.
     """
 
     def __init__(
@@ -38,6 +47,7 @@ class Sampler:
         top_p: float | None = None,
         seed: int | None = None,
     ):
+        self.greedy = temperature < COLDEST or top_p == 0 or top_k == 1
         self.temperature, self.top_k = temperature, top_k
         self.top_p = None if top_p == 1 else top_p
         self.generator = torch.Generator(model.device)
@@ -49,7 +59,7 @@ class Sampler:
         logits = logits.float()
         if self.suppressed is not None:
             logits = logits.index_fill(-1, self.suppressed, -torch.inf)
-        if self.temperature == 0:
+        if self.greedy:
             return logits.argmax(dim=-1)
         candidates = None
         if self.top_k is not None or self.top_p is not None:
@@ -64,20 +74,20 @@ class Sampler:
 
 
 class CachedDecoder:
-    """Any causal language model, through its own forward and cache."""
+    """Any causal language model, through its own forward and cache; one without a cache reads its text anew."""
 
     def __init__(self, model: PreTrainedModel, sampler: Sampler):
         self.model, self.sampler = model, sampler
 
     def continue_(self, ids: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """The `count` tokens that follow a text (B T), each B; T + count may be one more than the context."""
-        unread, cache = ids, None
+        unread, cache = ids, {}
         for _ in range(count):
-            output = self.model(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+            output = self.model(input_ids=unread, use_cache=True, logits_to_keep=1, **cache)
+            cache = {name: output[name] for name in CACHES if output.get(name) is not None}
             token = self.sampler(output.logits[:, -1])
             yield token
-            unread = token[:, None]
+            unread = token[:, None] if cache else torch.cat((unread, token[:, None]), dim=1)
 
 
 class StaticDecoder:
