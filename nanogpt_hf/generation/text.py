@@ -1,7 +1,8 @@
 """Sampling from any causal language model, past its context length too."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -18,7 +19,7 @@ def generate_ids(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     max_new_tokens: int | None = None,
-    **sampling,
+    **sampling: Any,
 ) -> Iterator[torch.Tensor]:
     """The next token of every row of input_ids (B T), each B, one after another.
 
@@ -126,7 +127,7 @@ def stream_text(
     num_return_sequences: int = 1,
     max_new_tokens: int = 500,
     stop: Sequence[str] = (),
-    **sampling,
+    **sampling: Any,
 ) -> Iterator[list[str]]:
     """Continuations of a prompt as they grow: at each token, the new text of every sequence.
 
@@ -169,9 +170,13 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> se
     return {tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])} - {None}
 
 
+def whole_texts(stream: Iterable[list[str]]) -> list[str]:
+    """The texts that a stream of their pieces makes."""
+    return ["".join(pieces) for pieces in zip(*stream, strict=True)]
+
+
 def generate_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str | Sequence[int], **options
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str | Sequence[int], **options: Any
 ) -> list[str]:
     """Whole continuations of a prompt (without it); the options are those of `stream_text`."""
-    pieces = list(stream_text(model, tokenizer, prompt, **options))
-    return ["".join(column) for column in zip(*pieces, strict=True)]
+    return whole_texts(stream_text(model, tokenizer, prompt, **options))
