@@ -81,9 +81,9 @@ class Terminal:
                 raise UserError("there is no text yet: type a beginning first.")
             if name == "/more":
                 self.prompts = self.written()
-                return self.write(self.sampling.seeded())
-            seed = None if self.sampling.seed is None else (self.seed + 1) % SEEDS
-            self.write(replace(self.sampling, seed=seed).seeded())
+            elif self.seed == self.sampling.seed:
+                self.sampling = replace(self.sampling, seed=(self.seed + 1) % SEEDS)
+            self.write(self.sampling.seeded())
         elif name == "/save":
             self.save(value.strip())
         elif name == "/forget":
@@ -131,8 +131,8 @@ class Terminal:
             near = nearest(
                 f"/{name}", [*(command.split()[0] for command in COMMANDS), *(f"/{n}" for n in known)]
             )
-            hint = f"did you mean {near}?" if near else "/help lists them;"
-            raise UserError(f"there is no command /{name}: {hint} A beginning with / is typed as //{name}")
+            hint = f"did you mean {near}?" if near else f"a text that begins so is typed as //{name}"
+            raise UserError(f"there is no command /{name}: {hint}")
         if name == "stop" and value:
             new = [] if value == "none" else [spelt_out(value)]
         elif value:
