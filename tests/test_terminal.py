@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -261,8 +262,12 @@ def test_two_models_stand_side_by_side_in_a_terminal(monkeypatch):
         monkeypatch.setattr(sys, "stdout", stdout)
         *_, ((left,), (right,)) = show(writers, ["abc", "abc"], sampling)
         monkeypatch.undo()
-    screen = os.read(master, 65536).decode("utf-8").replace("\r\n", "\n")
+    screen = b""
+    with suppress(OSError):  # the end, since the other side is closed
+        while block := os.read(master, 65536):
+            screen += block
     os.close(master)
+    screen = screen.decode("utf-8").replace("\r\n", "\n")
     assert [left, right] == [writer.write("abc", sampling)[0] for writer in writers]
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen[screen.rindex("model-0") :])
     halves = [(line[:30].strip(), line[30:].strip()) for line in last.splitlines()]

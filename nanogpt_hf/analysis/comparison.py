@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -103,7 +104,7 @@ def measure(
 
 
 def sample_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: int, length: int, **sampling
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: int, length: int, **sampling: Any
 ) -> list[str]:
     """Continuations of a newline, each of `length` characters, or fewer where a text ends by itself.
 
@@ -111,8 +112,10 @@ def sample_texts(
         sampling: temperature, top_k, top_p and seed of `generate_ids`.
     """
     texts = [""] * count
-    options = {"num_return_sequences": count, "max_new_tokens": length}
-    for pieces in stream_text(model, tokenizer, "\n", **options, **sampling):
+    stream = stream_text(
+        model, tokenizer, "\n", num_return_sequences=count, max_new_tokens=length, **sampling
+    )
+    for pieces in stream:
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         if min(map(len, texts)) >= length:
             break

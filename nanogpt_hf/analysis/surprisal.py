@@ -75,7 +75,8 @@ def surprisal(
     spans = [(left + begin, right + begin) for left, right in spans]
     first = max(0, next((n for n, (_, right) in enumerate(spans) if right > start), 0) - context)
     ids, spans = ids[first:], spans[first:]
-    bits, likeliest = np.full(len(ids), math.nan), [()] * len(ids)
+    bits = np.full(len(ids), math.nan)
+    likeliest: list[tuple[tuple[str, float], ...]] = [()] * len(ids)
     if len(ids) > 1:
         stream = TokenStream(ids, min(context, len(ids) - 1), model.device)
         losses = token_losses(
@@ -98,7 +99,8 @@ def surprisal(
 def _named(tokenizer: PreTrainedTokenizerFast, id: int) -> str:
     """A token as the text that it stands for, or by its own name where it is a piece of a character."""
     text = tokenizer.backend_tokenizer.decode([id], skip_special_tokens=False)
-    return tokenizer.convert_ids_to_tokens(id) or f"<{id}>" if not text or "\ufffd" in text else text
+    piece = not text or "\ufffd" in text
+    return str(tokenizer.convert_ids_to_tokens(id)) if piece else text
 
 
 def _merged(cells: Sequence[Cell], ends: Container[int]) -> list[Cell]:

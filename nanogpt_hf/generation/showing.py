@@ -68,7 +68,8 @@ def _one_after_another(
     streams: Sequence[Iterator[list[str]]],
     count: int,
 ) -> Iterator[list[list[str]]]:
-    done, number = [], 0
+    done: list[list[str]] = []
+    number = 0
     for writer, prompt, stream in zip(writers, prompts, streams, strict=True):
         texts = [""] * count
         for pieces in stream:

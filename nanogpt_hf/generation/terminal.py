@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from ..common.cli import parse
 from ..common.errors import UserError
 from ..common.text import nearest, printable, spelt_out
 from .sampling import SEEDS, SamplingSettings
 from .showing import say_faintly, show
-from .writer import Writer, as_text, written_on
+from .writer import Prompt, Writer, as_text, written_on
 
 with suppress(ImportError):  # Windows has none, and its console keeps a history by itself
     import readline  # noqa: F401  (input() edits its line and goes back in history once this is there)
@@ -39,9 +40,9 @@ class Terminal:
     def __init__(self, writers: Sequence[Writer], sampling: SamplingSettings):
         self.writers = writers
         self.sampling = replace(SamplingSettings(), **sampling.options())
-        self.prompts = [None] * len(writers)  # what the last texts were written on
-        self.texts = [""] * len(writers)
-        self.seed = None  # of the last texts
+        self.prompts: list[Prompt] = []  # what the last texts were written on
+        self.texts: list[str] = []
+        self.seed: int | None = None  # of the last texts
 
     def run(self) -> None:
         """Until the user ends it."""
@@ -71,10 +72,8 @@ class Terminal:
         name, _, value = line.strip().partition(" ")
         if not line.startswith("/") or line.startswith("//"):
             words = spelt_out(line.removeprefix("/") if line.startswith("//") else line) or "\n"
-            self.prompts = [
-                writer.prompt(words, before)
-                for writer, before in zip(self.writers, self.written(), strict=True)
-            ]
+            before: Sequence[Prompt | None] = self.written() or [None] * len(self.writers)
+            self.prompts = [w.prompt(words, said) for w, said in zip(self.writers, before, strict=True)]
             self.write(self.sampling.seeded())
         elif name in ("/retry", "/more"):
             if self.seed is None:
@@ -87,17 +86,15 @@ class Terminal:
         elif name == "/save":
             self.save(value.strip())
         elif name == "/forget":
-            self.prompts, self.seed = [None] * len(self.writers), None
+            self.prompts, self.texts, self.seed = [], [], None
         elif name == "/help":
             self.help()
         else:
             self.set(name.removeprefix("/"), value)
 
-    def written(self) -> list:
+    def written(self) -> list[Prompt]:
         """The last prompts with what was written on them."""
-        return [
-            prompt and written_on(prompt, text) for prompt, text in zip(self.prompts, self.texts, strict=True)
-        ]
+        return [written_on(prompt, text) for prompt, text in zip(self.prompts, self.texts, strict=True)]
 
     def write(self, sampling: SamplingSettings) -> None:
         """Texts on the prompts, until they have ended or Ctrl-C is pressed."""
@@ -133,6 +130,7 @@ class Terminal:
             )
             hint = f"did you mean {near}?" if near else f"a text that begins so is typed as //{name}"
             raise UserError(f"there is no command /{name}: {hint}")
+        new: Any
         if name == "stop" and value:
             new = [] if value == "none" else [spelt_out(value)]
         elif value:

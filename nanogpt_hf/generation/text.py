@@ -1,7 +1,7 @@
 """Sampling from any causal language model, past its context length too."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Continuation:
         self,
         tokenizer: PreTrainedTokenizerFast,
         prompt: str,
-        ends: Sequence[int] = (),
+        ends: Container[int] = (),
         stop: Sequence[str] = (),
     ):
         self.tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
@@ -77,7 +77,8 @@ class Continuation:
         self._restart(encode(tokenizer, prompt[-32:].rstrip("\ufffd")).tolist())
 
     def _restart(self, ids: list[int]) -> None:
-        self.stream, self.undecoded = DecodeStream(ids, skip_special_tokens=True), []
+        self.stream = DecodeStream(ids, skip_special_tokens=True)
+        self.undecoded: list[int] = []
 
     def add(self, token: int) -> None:
         """Read one more token; after the end there is nothing to read."""

@@ -1,7 +1,10 @@
 """A model that is kept at hand to write with: it goes on with texts, or answers where it is one that chats."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
@@ -34,10 +37,11 @@ class Writer:
             raise UserError(f"{name} has no chat template, so it does not chat: leave --chat out.")
 
     @classmethod
-    def load(cls, name_or_path: str, device: str, dtype, chats: bool | None = None) -> "Writer":
+    def load(cls, name_or_path: str, device: str, dtype: torch.dtype, chats: bool | None = None) -> "Writer":
         """Raises UserError as `load_model_and_tokenizer` does."""
         model, tokenizer = load_model_and_tokenizer(name_or_path, dtype)
-        return cls(name_or_path, model.to(device), tokenizer, chats)
+        nn.Module.to(model, device)
+        return cls(name_or_path, model, tokenizer, chats)
 
     def describe(self) -> str:
         """The model in one line."""
@@ -64,11 +68,16 @@ class Writer:
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
         unfinished = messages[-1]["role"] == "assistant"
-        ending = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
         try:
-            return self.tokenizer.apply_chat_template(messages, return_dict=False, **ending)
+            ids: Any = self.tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=not unfinished,
+                continue_final_message=unfinished,
+                return_dict=False,
+            )
         except Exception as error:  # a template is a program: it may raise anything
             raise UserError(f"the chat template of {self.name} fails: {first_line(error)}.") from error
+        return ids
 
 
 def written_on(prompt: Prompt, text: str) -> Prompt:
