@@ -38,6 +38,7 @@ setup(
         "pydivsufsort>=0.0.20",
         "pyyaml>=6.0",
         "requests>=2.32",
+        "rich>=13.9",
         "tqdm>=4.66",
         "wrapt>=1.16",
     ],

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt_hf.analysis.comparison import table
 from nanogpt_hf.analysis.planning import (
     LAYOUT_SIZES,
     RESERVED,
@@ -32,6 +31,7 @@ from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
 from nanogpt_hf.common.settings import setting
+from nanogpt_hf.common.tables import table
 from nanogpt_hf.model import find_preset
 from nanogpt_hf.model.loading import make_config
 

@@ -7,7 +7,7 @@
     accelerate launch recipes/pretrain_bpe.py --preset cpu --max_steps 300      # a short try
 
 All but the defaults is as in pretrain_char.py. Losses in nats a token compare only within one tokenizer;
-recipes/evaluate.py puts all on one scale, bits per byte.
+recipes/compare.py puts all on one scale, bits per byte.
 """
 
 from nanogpt_hf.common.cli import by_preset, run_recipe

@@ -1,12 +1,12 @@
-"""Losses over a split, models of every kind on one scale, the page of surprise, and what loading refuses."""
+"""Losses over a split, models of every kind on one scale, and what loading refuses."""
 
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.image import imread
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -33,21 +32,19 @@ from transformers import (
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.analysis.comparison import (
     choose_passage,
-    draw_surprise,
     measure_samples,
     short_names,
-    surprise,
 )
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.corpora import load_corpus
 from nanogpt_hf.data.token_stream import TokenStream
-from nanogpt_hf.data.tokenization import encode, encode_documents, make_tokenizer
+from nanogpt_hf.data.tokenization import encode_documents, make_tokenizer
 from nanogpt_hf.generation.text import generate_ids, generate_text
 from nanogpt_hf.model.loading import load_model_and_tokenizer
 from nanogpt_hf.runs.pretraining import pretrain
 from nanogpt_hf.training import evaluation
 from nanogpt_hf.training.evaluation import evaluate_split, token_losses
-from recipes.evaluate import main as evaluate
+from recipes.compare import main as evaluate
 
 ROOT = Path(__file__).parents[1]
 TEXT = (
@@ -176,7 +173,7 @@ def test_a_stride_gives_every_token_at_least_so_much_context(stride, folders, co
         assert last - first > T - stride or first == 0
         places.append((first, last))
     assert split.nats == pytest.approx(loss_by_definition(model, ids, places), rel=1e-6)
-    assert token_losses(model.float(), stream, 9, stride).sum() == pytest.approx(split.nats, rel=1e-6)
+    assert token_losses(model.float(), stream, 9, stride).nats.sum() == pytest.approx(split.nats, rel=1e-6)
 
 
 @given(st.integers(1, 9), st.integers(1, 60), st.data())
@@ -223,10 +220,13 @@ def test_models_of_every_kind_stand_in_one_table(folders, corpus, tmp_path, caps
 
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
-    assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == list(folders)
+    for part in table.split("\n\n")[1:]:
+        assert [line.split("|")[1].strip() for line in part.splitlines()[2:]] == list(folders)
     assert f"{rows['qwen3']['bits_per_byte']:.4f}" in table
     assert str(tmp_path.parent) not in table + (tmp_path / "results.json").read_text(encoding="utf-8")
-    assert imread(tmp_path / "surprise.png").std() > 0.05
+    page = (tmp_path / "surprisal.html").read_text(encoding="utf-8")
+    assert [re.search(rf"<h2>{name}</h2>", page) is not None for name in folders] == [True] * len(folders)
+    assert max(map(len, table.splitlines())) <= 100
 
 
 def test_two_processes_measure_what_one_does(folders, tmp_path):
@@ -245,7 +245,7 @@ def test_two_processes_measure_what_one_does(folders, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words += ["--use_cpu", "--output_dir", str(tmp_path / "both"), "--per_device_eval_batch_size", "3"]
     run = subprocess.run(
-        [*command, str(ROOT / "recipes" / "evaluate.py"), *words],
+        [*command, str(ROOT / "recipes" / "compare.py"), *words],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
@@ -261,29 +261,6 @@ def test_two_processes_measure_what_one_does(folders, tmp_path):
             assert two[key] == pytest.approx(one[key], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe", "qwen3"])
-def test_surprise_adds_up_to_the_loss_of_the_tokens(kind, folders):
-    model, tokenizer = load_model_and_tokenizer(folders[kind])
-    text = "To 😀👩‍👩‍👧 День \r\n\0<|endoftext|> the sun\n" * 3
-    ids = encode(tokenizer, text)
-    nats = token_losses(model, TokenStream(ids, T), 4, T // 2)
-    bits = surprise(model, tokenizer, text, 0, T)
-    assert bits.shape == (len(text),)
-    assert np.nansum(bits) == pytest.approx(nats.sum() / math.log(2), rel=1e-6)
-    assert np.isnan(bits).nonzero()[0].tolist() == [0]
-    later = surprise(model, tokenizer, text, 60, T)
-    assert later.shape == (len(text) - 60,)
-    assert np.isfinite(later).all()
-
-
-def test_a_character_costs_what_its_token_does(folders):
-    model, tokenizer = load_model_and_tokenizer(folders["char"])
-    text = "the sun; день"
-    nats = token_losses(model, TokenStream(encode(tokenizer, text), len(text) - 1), 1, None)
-    assert surprise(model, tokenizer, text, 0, T)[1:] * math.log(2) == pytest.approx(nats, rel=1e-5)
-    assert surprise(model, tokenizer, text, 5, T) * math.log(2) == pytest.approx(nats[4:], rel=1e-5)
-
-
 @given(
     st.lists(st.text("ab \n", min_size=1, max_size=40), min_size=1), st.integers(0, 50), st.integers(1, 30)
 )
@@ -294,19 +271,6 @@ def test_a_passage_is_never_empty_and_begins_with_a_line_if_it_can(documents, wa
     assert 0 < len(text) - start <= length
     if start and text[start - 1] != "\n":
         assert "\n" not in text[start - 1 : start + length // 2 - 1]
-
-
-def test_the_page_takes_any_text_and_colours_by_surprise(tmp_path):
-    text = "Где 日本 😀 \r\n\t\0\x1b[31m e\u0301 $x^2$ " + "verylongword" * 9 + " " + "word " * 30
-    pages = []
-    for bits in (0.0, 8.0):
-        panels = {"one": np.full(len(text), bits), "other": np.full(len(text), math.nan)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            draw_surprise(tmp_path / "page.png", "title", text, panels)
-        pages.append(imread(tmp_path / "page.png"))
-    light, dark = (page[:, : page.shape[1] // 2].mean() for page in pages)
-    assert light > dark + 0.05
 
 
 def test_a_planted_quotation_is_found_in_samples(corpus):
@@ -330,7 +294,7 @@ def test_models_are_called_by_as_little_of_their_path_as_tells_them_apart(tmp_pa
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "--model is missing"),
+        ([], "there is nothing to compare"),
         (["--model", "no/such/folder"], "there is no folder 'no/such/folder'"),
         (["--model", "{bpe}", "--stride", "17"], "--stride is 17, more than the context of 16"),
         (["--model", "{bpe}", "--n_positions", "17"], "--n_positions is 17, more than .* 16 tokens"),

@@ -236,10 +236,10 @@ def test_bad_input_ends_in_one_sentence_with_nothing_written(tmp_path, text, run
 
 def test_bad_input_to_sample(tmp_path, run_folder, capsys):
     for words, message in [
-        ([], "--model is missing"),
+        ([], "there is no model"),
         (["--model", tmp_path / "nowhere"], "nowhere"),
         (["--model", run_folder, "--prompt", ""], "prompt is empty"),
-        (["--model", run_folder, "--temperature", "-1"], "0 or more"),
+        (["--model", run_folder, "--temperature", "-1"], "at least 0"),
         (["--model", run_folder, "--top_p", "2"], "at most 1"),
     ]:
         assert run("sample.py", *words) == 2

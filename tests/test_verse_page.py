@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from nanogpt_hf.analysis.comparison import table
 from nanogpt_hf.analysis.verse_page import draw_verse
 from nanogpt_hf.analysis.verse_table import VERSE_COLUMNS, measure_verse, whole_stanzas
+from nanogpt_hf.common.tables import table
 from nanogpt_hf.verse.metre import Metre
 from nanogpt_hf.verse.rhyme import Scheme
 from nanogpt_hf.verse.scansion import Form

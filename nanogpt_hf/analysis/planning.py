@@ -217,7 +217,8 @@ def activation_bytes(
         # input; 1/std, and LayerNorm's mean
         "norms": 2 * (norm_input_bytes(config, compiled, device) * C + (4 if rms else 8)),
         "normalised": 2 * 2 * C,  # input of c_attn and c_fc
-        "attention": (2 * HD + 2 * 2 * KD + 2 * HD + 4 * H) / tp_size,  # query, key, value; output; log-sum-exp
+        "attention": (2 * HD + 2 * 2 * KD + 2 * HD + 4 * H)
+        / tp_size,  # query, key, value; output; log-sum-exp
         # c_fc's output and c_proj's input; eagerly, SwiGLU's gate after its silu too
         "mlp": (3 if gated and compiled else 4 if gated else 2) * 2 * inner / tp_size,
     }
@@ -290,7 +291,9 @@ def step_memory(
     if layout.cp_size > 1:  # keys and values of the whole sequence, while a block attends
         kept += 2 * 2 * KD / layout.tp_size * batch_size * config.n_positions
     hidden = (8 if config.mlp == "swiglu" else 4) * config.inner_size / layout.tp_size
-    in_block = (HD + 2 * KD + hidden) * tokens  # gradients of its activations, as torch's MemTracker finds them
+    in_block = (
+        HD + 2 * KD + hidden
+    ) * tokens  # gradients of its activations, as torch's MemTracker finds them
     again = one_block if layout.gradient_checkpointing else 0
 
     # Gradients of weights: float32 beside the weights. Earlier micro-batches leave theirs; DDP holds them from the

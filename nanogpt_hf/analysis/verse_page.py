@@ -1,35 +1,28 @@
 """A page that shows poems with their stresses, feet and rhymes: one HTML file that needs no other."""
 
-import html
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..common.files import files_written_whole
-from ..common.text import printable
 from ..verse.metre import FEET
 from ..verse.scansion import LANGUAGES, Form, Line, Poem, Syllable, scan
+from .html_page import escaped, whole_page
 
 HUES = 8  # of rhymes, as many as STYLE has
 
 STYLE = """
 :root {
-  color-scheme: light dark;
-  --page: #faf8f4; --card: #ffffff; --ink: #22201c; --dim: #77716a; --edge: #e2ddd4; --foot: #f1ece2; --wrong: #c4161c;
+  --foot: #f1ece2; --wrong: #c4161c;
   --r0: #1d5fbf; --r1: #b35300; --r2: #177a3a; --r3: #7a37b8; --r4: #0b7480; --r5: #b0237d; --r6: #806000; --r7: #4c6b00;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --page: #171614; --card: #201f1c; --ink: #ece7de; --dim: #9c958a; --edge: #38352f; --foot: #2d2a26; --wrong: #ff7b72;
+    --foot: #2d2a26; --wrong: #ff7b72;
     --r0: #7db5ff; --r1: #ffab66; --r2: #6ed192; --r3: #cda2ff; --r4: #5fd0dc; --r5: #ff8fcf; --r6: #e3bf55; --r7: #b5d167;
   }
 }
-body { margin: 0; background: var(--page); color: var(--ink); font: 17px/1.5 Georgia, "PT Serif", "DejaVu Serif", serif; }
-main { max-width: 78rem; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 0.5rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 0.25rem; }
-p { margin: 0.25rem 0; color: var(--dim); font-size: 0.9rem; max-width: 60rem; }
 .poems { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1rem; margin-top: 1rem; }
 article { background: var(--card); border: 1px solid var(--edge); border-radius: 6px; padding: 1rem 1rem 0.75rem; }
 .line { display: flex; align-items: baseline; gap: 0.5rem; line-height: 2; min-height: 1.2rem; }
@@ -74,21 +67,11 @@ def draw_verse(
     for heading, texts in groups.items():
         shown = zip(texts, scan(texts, form), strict=True)
         poems = "\n".join(f"<article>\n{_article(text, poem, form)}\n</article>" for text, poem in shown)
-        note = _escaped((notes or {}).get(heading, ""))
-        sections.append(f'<h2>{_escaped(heading)}</h2>\n<p>{note}</p>\n<div class="poems">\n{poems}\n</div>')
-    page = (
-        f'<!doctype html>\n<html lang="{form.language}">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_escaped(title)}</title>\n<style>{STYLE}</style>\n<main>\n<h1>{_escaped(title)}</h1>\n{LEGEND}\n"
-        + "\n".join(sections)
-        + "\n</main>\n</html>\n"
-    )
+        note = escaped((notes or {}).get(heading, ""))
+        sections.append(f'<h2>{escaped(heading)}</h2>\n<p>{note}</p>\n<div class="poems">\n{poems}\n</div>')
+    page = whole_page(title, "\n".join([LEGEND, *sections]), STYLE, form.language)
     with files_written_whole(path.parent) as folder:
         (folder / path.name).write_text(page, encoding="utf-8")
-
-
-def _escaped(text: str) -> str:
-    return html.escape(printable(text))
 
 
 def _article(text: str, poem: Poem, form: Form) -> str:
@@ -102,14 +85,14 @@ def _article(text: str, poem: Poem, form: Form) -> str:
     rows = []
     for number, words in enumerate(text.rstrip("\n").split("\n")):
         if number not in places:
-            rows.append(f'<div class="line none"><span class="text">{_escaped(words)}</span></div>')
+            rows.append(f'<div class="line none"><span class="text">{escaped(words)}</span></div>')
             continue
         line = poem.lines[places[number]]
         letter, hue = letters.get(places[number], ("", None))
         look = ("" if line.in_metre else " off") + ("" if hue is None else f" h{hue}")
         marked = "".join(_marked(line, form, hue is not None))
         mark = (
-            f'<span class="letter{"" if hue is None else " hue"}">{_escaped(letter)}</span>' if letter else ""
+            f'<span class="letter{"" if hue is None else " hue"}">{escaped(letter)}</span>' if letter else ""
         )
         rows.append(f'<div class="line{look}"><span class="text">{marked}</span>{mark}</div>')
     return "\n".join(rows)
@@ -135,7 +118,7 @@ def _marked(line: Line, form: Form, rhymed: bool) -> Iterator[str]:
         for place in range(begin, line.syllables[-1].end):
             looks[place].add("hue")
     for look, run in itertools.groupby(zip(looks, line.text, strict=True), lambda pair: pair[0]):
-        letters = _escaped("".join(letter for _, letter in run))
+        letters = escaped("".join(letter for _, letter in run))
         yield f'<span class="{" ".join(sorted(look))}">{letters}</span>' if look else letters
 
 

@@ -7,7 +7,7 @@ from .. import metrics
 from ..metrics.distinct_n import count_ngrams
 from ..verse.scansion import Form, scan
 
-# Of a row -> heading and format, for `comparison.table`.
+# Of a row -> heading and format, for `table`.
 VERSE_COLUMNS = {
     "name": ("", "{}"),
     "poems": ("poems", "{:,}"),

@@ -9,7 +9,7 @@ from dataclasses import Field, field, fields, make_dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -197,6 +197,7 @@ def parse(
     defaults: Callable[[Values], Values] | Values = MappingProxyType({}),
     check: Callable[[Values], None] = lambda said: None,
     earlier: Callable[[Values], Values] = lambda values: {},
+    positional: str | None = None,
 ) -> S:
     """Settings from, weakest first: the class, `defaults`, an earlier run, the file of --config, the command line.
 
@@ -207,6 +208,7 @@ def parse(
         defaults: a recipe's own defaults, or a function that chooses them by what the user has set.
         check: called with what the user has set before `defaults`, which may take seconds.
         earlier: the settings of the run that these settings go on with.
+        positional: the setting that words without a flag are meant for.
 
     Raises:
         UserError: an unknown setting (the message names the nearest one), or a value of the wrong type.
@@ -216,7 +218,7 @@ def parse(
     parser = _Parser(
         cls,
         allow_abbrev=False,
-        usage="%(prog)s [--SETTING VALUE …]",
+        usage=f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--SETTING VALUE …]",
         description=description,
         formatter_class=_HelpFormatter,
     )
@@ -225,10 +227,15 @@ def parse(
     )
 
     def read(words: Sequence[str]) -> dict[str, Any]:
-        namespace, unknown = parser.parse_known_args(words)
-        if unknown:
-            raise UserError(_what_is(unknown[0], known))
-        return {name: value for name, value in vars(namespace).items() if value is not UNSAID}
+        namespace, alone = parser.parse_known_args(words)
+        values = {name: value for name, value in vars(namespace).items() if value is not UNSAID}
+        flags = [word for word in alone if word.startswith("-")]
+        if positional and positional not in values and alone and not flags:
+            takes_all = get_origin(get_type_hints(cls)[positional]) is list
+            values[positional], alone = (alone, []) if takes_all else (alone[0], alone[1:])
+        if alone:
+            raise UserError(_what_is((flags or alone)[0], known))
+        return values
 
     actual = {
         item.name: item.default_factory() if callable(item.default_factory) else item.default

@@ -1,18 +1,42 @@
 """Text that is safe to show and to give away, first lines of what libraries say, and the nearest name."""
 
+import codecs
 import difflib
 import os
+import re
 from collections.abc import Iterable
+
+from .errors import UserError
+
+# What drives a terminal or hides what a line says: controls (C0, C1), characters that turn the direction of the
+# text around, and halves of surrogate pairs. Joiners, variation selectors and what a newer Unicode adds do neither.
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelt out, so that no model's output can drive a terminal."""
-    return "".join(
-        c
-        if c.isprintable() or c in "\n\t" or c.isspace() and ord(c) > 0x9F
-        else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    """The text as it may be shown: with what could drive a terminal spelt out, and CRLF as one newline."""
+    return _UNSAFE.sub(lambda c: c[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
+# n, t, r and the backslash itself, and code points in hexadecimal digits, as Python spells them.
+_HEX = "[0-9a-fA-F]"
+_ESCAPE = re.compile(
+    rf"\\(?:[ntr\\]|x{_HEX}{{2}}|u(?![dD][89a-fA-F]){_HEX}{{4}}|U000{_HEX}{{5}}|U0010{_HEX}{{4}})"
+)
+
+
+def spelt_out(word: str) -> str:
+    r"""A text from a command line with its escapes for what they mean: \n, \t, \r, \\, \x1b, \u2028, \U0001f600.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        # Python spells the bytes of an argument as surrogates where the locale is not UTF-8.
+        text = os.fsencode(word).decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"{word!r} is not UTF-8: give it as such.") from error
+    return _ESCAPE.sub(lambda found: codecs.decode(found[0], "unicode_escape"), text)
 
 
 def without_home(path: str) -> str:

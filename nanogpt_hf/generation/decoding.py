@@ -16,8 +16,19 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..common.errors import UserError
-from ..model.modeling_nanogpt import NanoGPTAttention, NanoGPTBlock, NanoGPTForCausalLM, RMSNorm, rotation_angles
+from ..model.modeling_nanogpt import (
+    NanoGPTAttention,
+    NanoGPTBlock,
+    NanoGPTForCausalLM,
+    RMSNorm,
+    rotation_angles,
+)
 from .layers import plain, plain_rms_norm, swiglu
+
+# Below this temperature the likeliest token has all the probability that float32 tells from none, unless two logits tie.
+COLDEST = 1e-5
+CACHES = ("past_key_values", "cache_params")  # attention's, and that of recurrent models as Mamba
+
 
 class Sampler:
     """Draws the next token (B) from logits (B V): temperature, then top-k, then top-p, as transformers orders them.
@@ -25,6 +36,12 @@ class Sampler:
     The draw is the exponential race: with noise q of Exp(1), argmax(p / q) is a sample of p. It asks nothing of the
     host, so a CUDA graph can hold it, and it takes k candidates for what they are; transformers' warpers with
     torch.multinomial write -inf over the whole vocabulary first.
+
+    Args:
+        temperature: 0, and what comes near it, takes the likeliest token.
+        top_k: draw among so many; all where the vocabulary has no more.
+        top_p: draw among the likeliest that hold this share of probability, at least one; 0 takes that one.
+        seed: of the generator; None draws another each time.
     """
 
     def __init__(
@@ -35,6 +52,7 @@ class Sampler:
         top_p: float | None = None,
         seed: int | None = None,
     ):
+        self.greedy = temperature < COLDEST or top_p == 0 or top_k == 1
         self.temperature, self.top_k = temperature, top_k
         self.top_p = None if top_p == 1 else top_p
         self.generator = torch.Generator(model.device)
@@ -46,7 +64,7 @@ class Sampler:
         logits = logits.float()
         if self.suppressed is not None:
             logits = logits.index_fill(-1, self.suppressed, -torch.inf)
-        if self.temperature == 0:
+        if self.greedy:
             return logits.argmax(dim=-1)
         candidates = None
         if self.top_k is not None or self.top_p is not None:
@@ -61,20 +79,20 @@ class Sampler:
 
 
 class CachedDecoder:
-    """Any causal language model, through its own forward and cache."""
+    """Any causal language model, through its own forward and cache; one without a cache reads its text anew."""
 
     def __init__(self, model: PreTrainedModel, sampler: Sampler):
         self.model, self.sampler = model, sampler
 
     def continue_(self, ids: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """The `count` tokens that follow a text (B T), each B; T + count may be one more than the context."""
-        unread, cache = ids, None
+        unread, cache = ids, {}
         for _ in range(count):
-            output = self.model(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+            output = self.model(input_ids=unread, use_cache=True, logits_to_keep=1, **cache)
+            cache = {name: output[name] for name in CACHES if output.get(name) is not None}
             token = self.sampler(output.logits[:, -1])
             yield token
-            unread = token[:, None]
+            unread = token[:, None] if cache else torch.cat((unread, token[:, None]), dim=1)
 
 
 class StaticDecoder:
@@ -89,9 +107,7 @@ class StaticDecoder:
         int8: hold the weights of projections and head in 8 bits beside the model's own; on a CPU.
     """
 
-    def __init__(
-        self, model: NanoGPTForCausalLM, sampler: Sampler, rows: int, room: int, int8: bool = False
-    ):
+    def __init__(self, model: NanoGPTForCausalLM, sampler: Sampler, rows: int, room: int, int8: bool = False):
         self.model, self.sampler = model, sampler
         config, network = model.config, model.transformer
         self.wte = network.wte.weight
@@ -265,7 +281,9 @@ def _side_by_side(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The norms of queries and keys as one function of both (B (H + K) D)."""
     if type(q_norm) is type(k_norm) is RMSNorm:
-        weights = [norm.weight.expand(count, -1) for norm, count in zip((q_norm, k_norm), heads, strict=False)]
+        weights = [
+            norm.weight.expand(count, -1) for norm, count in zip((q_norm, k_norm), heads, strict=False)
+        ]
         return plain_rms_norm(q_norm, torch.cat(weights))
     norms = plain(q_norm), plain(k_norm)
     return lambda x: torch.cat(
@@ -284,5 +302,7 @@ def make_decoder(
     # A subclass (FSDP makes one), a wrapper (peft, compiled) or a device map need not hold its weights where the step looks.
     ours = type(model) is NanoGPTForCausalLM and not hasattr(model, "hf_device_map")
     if int8 and not (ours and model.device.type == "cpu"):
-        raise UserError("weights of 8 bits need a CPU, and a model that is a GPT-2, a Qwen3 or a Llama: leave int8 out.")
+        raise UserError(
+            "weights of 8 bits need a CPU, and a model that is a GPT-2, a Qwen3 or a Llama: leave int8 out."
+        )
     return StaticDecoder(model, sampler, rows, room, int8) if ours else CachedDecoder(model, sampler)

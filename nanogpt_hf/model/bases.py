@@ -47,7 +47,9 @@ def local_checkpoint(name: str) -> str:
     if folder.is_dir() or name not in PACKAGED:
         files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
         if len(files) > 1:
-            raise UserError(f"{name} holds {len(files)} GGUF files: give a folder with the one that is meant.")
+            raise UserError(
+                f"{name} holds {len(files)} GGUF files: give a folder with the one that is meant."
+            )
         return _checkpoint_of(files[0], None) if files else str(folder)
     package = PACKAGED[name].package
     found = importlib.util.find_spec(package.replace("-", "_"))  # finds it without running it

@@ -75,7 +75,10 @@ def native_fields(family: str, config: dict) -> dict:
     """
     said = {name: value for name, value in config.items() if name != "layer_types"}
     theirs = FAMILIES[family][0].from_dict(said)
-    rope, layer_types = theirs.rope_parameters, config.get("layer_types") or getattr(theirs, "layer_types", [])
+    rope, layer_types = (
+        theirs.rope_parameters,
+        config.get("layer_types") or getattr(theirs, "layer_types", []),
+    )
     odd = {
         "hidden_act": theirs.hidden_act != "silu",
         "attention_bias": theirs.attention_bias,

@@ -28,6 +28,8 @@ from .configuration_nanogpt import NanoGPTConfig
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .presets import preset_config
 
+NO_LIMIT = 2048  # tokens
+
 
 def load_model_and_tokenizer(
     name_or_path: str, dtype: torch.dtype = torch.float32
@@ -137,6 +139,11 @@ def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
             f"({min(info['missing_keys'])} among them)."
         )
     return model
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that a model is to see at once; NO_LIMIT where its config names none (ALiBi, recurrent models)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:

@@ -112,7 +112,11 @@ class NanoGPTAttention(nn.Module):
         query, key, value = projected.split(self.heads, dim=2)  # B T H D, B T K D twice
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H T D, B K T D
+        query, key, value = (
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+        )  # B H T D, B K T D
         if rotation is not None:
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         if past_key_values is not None:

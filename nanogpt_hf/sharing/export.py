@@ -36,7 +36,9 @@ def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
         return plain or "nanogpt"
     derived = DERIVED if plain else ()
     if format not in (*FAMILIES, "nanogpt", *DERIVED):
-        raise UserError(f"there is no format {format!r}: use auto, {', '.join(FAMILIES)}, nanogpt, gguf or onnx.")
+        raise UserError(
+            f"there is no format {format!r}: use auto, {', '.join(FAMILIES)}, nanogpt, gguf or onnx."
+        )
     if format not in (plain, "nanogpt", *derived):
         raise UserError(
             f"a model of the {config.architecture} architecture cannot be written in the format {format}: use "

@@ -76,19 +76,21 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _losses(
+def _predictions(
     model: torch.nn.Module, stream: TokenStream, numbers: np.ndarray, batch_size: int, stride: int | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of some windows of the stream, batch by batch: nats (B T), and whether they count (B T)."""
+    """Of some windows of the stream, batch by batch: logits (B T V), and the tokens (B T), -100 for what does not count."""
     vocabulary = getattr(model, "module", model).get_input_embeddings().weight.shape[0]  # inside of DDP
     batch_size = min(batch_size, max(1, LOGITS_AT_ONCE // (stream.block_size * vocabulary)))
     for start in range(0, len(numbers), batch_size):
         x, y = stream.window_batch(numbers[start : start + batch_size], stride)
-        logits = model(input_ids=x, use_cache=False).logits
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100, reduction="none"
-        )
-        yield losses.view(y.shape), y != -100
+        yield model(input_ids=x, use_cache=False).logits, y
+
+
+def _nats(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """B T; 0 for what does not count."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(y.shape)
 
 
 def evaluate_split(
@@ -116,7 +118,8 @@ def evaluate_split(
     everybody = -(-stream.windows(stride) // accelerator.num_processes) * accelerator.num_processes
     numbers = np.arange(accelerator.process_index, everybody, accelerator.num_processes)
     with evaluating(accelerator.unwrap_model(model)):
-        for losses, _ in _losses(model, stream, numbers, batch_size, stride):
+        for logits, y in _predictions(model, stream, numbers, batch_size, stride):
+            losses = _nats(logits, y)
             nats = nats.to(losses.device) + losses.sum(dtype=nats.dtype)
     nats = accelerator.reduce(nats.to(stream.device), reduction="sum").item()
     return SplitLoss(
@@ -126,10 +129,29 @@ def evaluate_split(
     )
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """Of N tokens in their order: nats (N), and the ids and probabilities of what was likeliest there (N K)."""
+
+    nats: np.ndarray
+    likeliest: np.ndarray
+    probabilities: np.ndarray
+
+
 def token_losses(
-    model: PreTrainedModel, stream: TokenStream, batch_size: int, stride: int | None
-) -> np.ndarray:
-    """Nats of every token of the stream but its first, in order; the arguments are those of `evaluate_split`."""
+    model: PreTrainedModel, stream: TokenStream, batch_size: int, stride: int | None, likeliest: int = 0
+) -> TokenLosses:
+    """Of every token of the stream but its first; the arguments are those of `evaluate_split`.
+
+    Args:
+        likeliest: K, how many tokens to name that were the likeliest in its place.
+    """
+    nats, ids, probabilities = [], [], []
     with evaluating(model):
-        batches = _losses(model, stream, np.arange(stream.windows(stride)), batch_size, stride)
-        return np.concatenate([losses[counts].double().cpu().numpy() for losses, counts in batches])
+        for logits, y in _predictions(model, stream, np.arange(stream.windows(stride)), batch_size, stride):
+            counts = y != -100
+            nats.append(_nats(logits, y)[counts].double().cpu().numpy())
+            best = logits[counts].float().softmax(-1).topk(min(likeliest, logits.shape[-1]))
+            ids.append(best.indices.cpu().numpy())
+            probabilities.append(best.values.cpu().numpy())
+    return TokenLosses(*map(np.concatenate, (nats, ids, probabilities)))

@@ -36,6 +36,12 @@ def device_type(use_cpu: bool = False) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def device_for_writing(use_cpu: bool = False) -> tuple[str, torch.dtype]:
+    """Where a model writes text, and the precision of its weights there."""
+    device = device_type(use_cpu)
+    return device, torch.bfloat16 if device == "cuda" and has_fast_bf16(device) else torch.float32
+
+
 def make_accelerator(settings: RunSettings) -> Accelerator:
     """An Accelerator for the processes and devices of this launch.
 
