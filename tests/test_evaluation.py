@@ -213,9 +213,9 @@ def test_models_of_every_kind_stand_in_one_table(folders, corpus, tmp_path, caps
         assert row["perplexity_per_character"] == pytest.approx(2 ** row["bits_per_character"], rel=1e-9)
         assert [len(text) <= 50 for text in row["samples"]] == [True, True]
         assert 0 <= row["memorized_share"] <= 1 and row["longest_overlap"] >= 1
-    assert rows["char"]["tokens"] == characters - 1
+    assert rows["char"]["tokens"] == characters
     assert rows["new_adapter"]["loss"] == pytest.approx(rows["gpt2"]["loss"], rel=1e-6)
-    assert rows["adapter"]["loss"] != pytest.approx(rows["gpt2"]["loss"], rel=1e-3)
+    assert rows["adapter"]["loss"] != pytest.approx(rows["gpt2"]["loss"], rel=1e-4)
     assert rows["adapter"]["parameters"] > rows["gpt2"]["parameters"]
 
     table = (tmp_path / "results.md").read_text(encoding="utf-8")

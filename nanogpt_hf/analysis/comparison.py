@@ -72,6 +72,8 @@ def measure(
 ) -> dict[str, int | float]:
     """Size of a model, and its loss over the whole validation split in every unit. Every process calls it.
 
+    The first token is predicted from the end of a text before it, as in lm-eval: what is given is not paid for.
+
     Raises:
         UserError: the model's context is shorter than n_positions or stride, or there is nothing to predict.
     """
@@ -80,7 +82,7 @@ def measure(
         raise UserError(
             f"--stride is {stride}, more than the context of {context}: tokens would be left out."
         )
-    stream = validation_stream(tokenizer, corpus, context, accelerator.device)
+    stream = validation_stream(tokenizer, corpus, context, accelerator.device, begun=True)
     split = evaluate_split(
         model,
         stream,
