@@ -17,7 +17,7 @@ from nanogpt_hf.data.tokenization import train_char_tokenizer
 TEXT = (
     "Мой дядя самых честных правил, когда не в шутку занемог.\nTo be, or not to be: that is the question.\n"
 )
-ARCHITECTURES = ("gpt2", "modern")
+ARCHITECTURES = ("gpt2", "qwen3")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Any causal language model with its own tokenizer, from a folder or the Hub.
 
-Ours, plain GPT-2 and Qwen3, whatever else transformers has, and peft adapters. Nothing that is loaded can run
-code: remote code is refused, and so are weights in pickles.
+Ours, plain GPT-2, Qwen3 and Llama, whatever else transformers has, peft adapters, and what bases.py makes a checkpoint
+of. Nothing that is loaded can run code: remote code is refused, and so are weights in pickles.
 """
 
 import os
@@ -24,15 +24,19 @@ from ..common.errors import UserError
 from ..common.paths import check_model_name
 from ..common.text import first_line
 from ..data.tokenization import load_tokenizer
+from .bases import local_checkpoint
 from .configuration_nanogpt import NanoGPTConfig
+from .conversion import as_native
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .presets import preset_config
 
 NO_LIMIT = 2048  # tokens
+# Words for a context in configs that do not say max_position_embeddings, by any of its aliases.
+CONTEXT_FIELDS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
 
 def load_model_and_tokenizer(
-    name_or_path: str, dtype: torch.dtype = torch.float32
+    name_or_path: str, dtype: torch.dtype = torch.float32, to_write: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A model ready for evaluation and sampling, and the tokenizer it was trained with.
 
@@ -41,19 +45,25 @@ def load_model_and_tokenizer(
 
     Args:
         dtype: of the weights in memory, whatever it is in the file.
+        to_write: merge an adapter, and hold the model in our class where that can be, which writes many times faster
+            (generation/decoding.py); its logits agree to 1e-4.
 
     Raises:
         UserError: there is no such model, it is not a causal language model, it needs code of its own, its
             files do not belong together, or the tokenizer has ids that the model does not embed.
     """
     check_model_name(name_or_path)
-    name = os.path.expanduser(name_or_path)
+    name = local_checkpoint(name_or_path)
     if find_file(name, "adapter_config.json") is None:
-        model = _load_model(name, dtype)
+        model = load_causal_lm(name, dtype)
         tokenizer = load_tokenizer(name)
         check_vocabulary(tokenizer, model)
     else:
-        model, tokenizer = put_on_base(name, lambda base: _load_model(base, dtype))
+        # What an adapter adds is less than bfloat16 tells apart in a weight, one by one.
+        precise = torch.float32 if to_write else dtype
+        model, tokenizer = put_on_base(name, lambda base: load_causal_lm(base, precise))
+        model = model.merge_and_unload().to(dtype) if to_write else model
+    model = as_native(model) if to_write else model
     suppress_padding(tokenizer, model)
     return model.eval(), tokenizer
 
@@ -69,7 +79,7 @@ def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple
     if find_file(name, "adapter_model.safetensors") is None:
         raise UserError(f"{name} holds no adapter_model.safetensors, and weights in pickles are not read.")
     try:
-        base = os.path.expanduser(PeftConfig.from_pretrained(name).base_model_name_or_path or "")
+        base = local_checkpoint(PeftConfig.from_pretrained(name).base_model_name_or_path or "")
         model = load_base(base)
         tokenizer = load_tokenizer(name if find_file(name, "tokenizer.json") else base)
         # An adapter may bring tokens of its own.
@@ -96,7 +106,15 @@ def find_file(name: str, file: str) -> str | None:
         return None
 
 
-def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(name: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """A causal language model in transformers' own class for it, or ours, from a folder or the Hub.
+
+    Args:
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: it is none, it is not to be had, or its files do not belong together.
+    """
     is_folder = os.path.isdir(name)
     if is_folder and find_file(name, "config.json") is None:
         raise UserError(f"{name} holds no config.json: give a folder that a model was saved into.")
@@ -125,6 +143,7 @@ def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **options,
         )
     except Exception as error:
         raise UserError(f"the weights of {name} cannot be loaded: {first_line(error)}.") from error
@@ -143,7 +162,9 @@ def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def context_length(model: PreTrainedModel) -> int:
     """Tokens that a model is to see at once; NO_LIMIT where its config names none (ALiBi, recurrent models)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+    config = model.config.get_text_config()
+    lengths = (getattr(config, field, None) for field in CONTEXT_FIELDS)
+    return next((length for length in lengths if length), NO_LIMIT)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
@@ -174,7 +195,7 @@ def load_native(name_or_path: str | os.PathLike, **options: Any) -> NanoGPTForCa
         UserError: there is none, or its files do not belong together.
     """
     try:
-        return NanoGPTForCausalLM.from_pretrained(name_or_path, **options)
+        return NanoGPTForCausalLM.from_pretrained(local_checkpoint(str(name_or_path)), **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{first_line(error)}.") from error
 

@@ -2,12 +2,13 @@
 
 import math
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.settings import TrainingSettings
 from ..data.corpora import AnyCorpus
 from ..model import NanoGPTForCausalLM
-from ..model.loading import check_vocabulary, load_native, make_config, suppress_padding
+from ..model.bases import local_checkpoint
+from ..model.loading import check_vocabulary, context_length, load_native, make_config, suppress_padding
 from ..training.checkpoints import Progress
 from ..training.loop import train
 from .run import describe, finish, language_modeling, make_ready, resolve, start
@@ -41,7 +42,8 @@ def make_tokenizer_and_model(
         UserError: settings that contradict each other, or a tokenizer with more tokens than the model.
     """
     base = settings.model_name_or_path
-    tokenizer = corpus.make_tokenizer(base or settings.tokenizer, settings.vocab_size)
+    source = local_checkpoint(base) if base else settings.tokenizer
+    tokenizer = corpus.make_tokenizer(source, settings.vocab_size)
     if base:
         model = load_native(base, **settings.dropouts())
     else:
@@ -61,19 +63,20 @@ def make_tokenizer_and_model(
 
 
 def settle_generation(
-    tokenizer: PreTrainedTokenizerFast, model: NanoGPTForCausalLM, corpus: AnyCorpus, new: bool
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, corpus: AnyCorpus, new: bool
 ) -> None:
     """How the model will generate, saved with it.
 
     What training never shows a new model, it never samples: padding, bytes and, where no document ends, the end of
     text. Of a base that goes on, only what it did not sample before either.
     """
-    tokenizer.model_max_length = model.config.n_positions
+    tokenizer.model_max_length = context_length(model)
+    rows = model.get_input_embeddings().weight.shape[0]
     generation = model.generation_config
     generation.do_sample = True
     generation.bos_token_id = generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
-    candidates = range(model.config.vocab_size) if new else generation.suppress_tokens
+    candidates = range(rows) if new else generation.suppress_tokens
     if candidates:  # or there is no need to read the text
-        unseen = corpus.unseen_ids(tokenizer, model.config.vocab_size)
+        unseen = corpus.unseen_ids(tokenizer, rows)
         generation.suppress_tokens = sorted({*unseen} & {*candidates}) or None
     suppress_padding(tokenizer, model)  # a base from elsewhere may not say it

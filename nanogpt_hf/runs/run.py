@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,9 +19,8 @@ from ..common.settings import RunSettings
 from ..common.text import first_line, printable
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.token_stream import TokenStream
-from ..data.tokenization import load_tokenizer
 from ..generation.text import generate_text
-from ..model.loading import load_model_and_tokenizer, load_native
+from ..model.loading import context_length, load_model_and_tokenizer
 from ..sharing.export import choose_format, export_run
 from ..sharing.hub import check_push, push
 from ..sharing.model_card import write_card
@@ -71,7 +71,7 @@ def resolve(
     Raises:
         UserError: they ask for what the model or the text cannot give.
     """
-    context = model.config.max_position_embeddings
+    context = context_length(model)
     T = settings.n_positions or context
     if T > context:
         raise UserError(f"--n_positions is {T}, more than the base's context of {context}.")
@@ -101,8 +101,9 @@ def make_ready(settings: RunSettings, model: PreTrainedModel) -> None:
     if settings.push_to_hub or getattr(settings, "merge", False):
         choose_format(model.config, settings.hub_format)
     # Without a limit of its own a pipeline's default runs past the context.
-    model.generation_config.max_length = model.config.n_positions
-    model.set_attn_implementation(settings.attn_implementation)
+    model.generation_config.max_length = context_length(model)
+    with suppress(ValueError):  # of a base whose class has its own attention only, or none
+        model.set_attn_implementation(settings.attn_implementation)
     if settings.gradient_checkpointing:
         # Renamed in transformers 5.2x.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -145,7 +146,8 @@ def describe(
         settings: resolved.
         lines: what is to be said beside, of the size or of the adapter.
     """
-    config = model.config
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
     rate = f"{settings.optim}, learning rate {settings.learning_rate:g}"
     if settings.optim == "muon":
         rate = (
@@ -157,8 +159,9 @@ def describe(
         f"hardware   {describe_device(accelerator)}",
         f"corpus     {corpus.name}: {corpus.characters('train'):,} characters, and {corpus.characters('validation'):,} for validation",
         f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {len(tokenizer):,} tokens",
-        f"model      {config.architecture}, {model.num_parameters() / 1e6:.2f}M parameters: {config.n_layer} layers, "
-        f"{config.n_head} heads, width {config.n_embd}, context {config.n_positions}",
+        f"model      {getattr(config, 'architecture', config.model_type)}, {model.num_parameters() / 1e6:.2f}M parameters: "
+        f"{config.num_hidden_layers} layers, {f'{heads} heads, ' if heads else ''}width {config.hidden_size}, context "
+        f"{context_length(model)}",
         *lines,
         f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens; "
         f"validation every {settings.eval_steps}",
@@ -178,8 +181,8 @@ def sample_base(accelerator: Accelerator, settings: RunSettings) -> str | None:
     """What the base writes without training, if it can still be had."""
     base = settings.model_name_or_path
     try:
-        model = load_native(base).to(accelerator.device)
-        return sample(model, load_tokenizer(base), settings.seed)
+        model, tokenizer = load_model_and_tokenizer(base, to_write=True)
+        return sample(model.to(accelerator.device), tokenizer, settings.seed)
     except UserError as error:
         say(accelerator, f"warning: no samples of the base, {first_line(error)}.")
         return None
@@ -231,7 +234,7 @@ def _describe_result(
     progress: Progress,
 ) -> None:
     folder = Path(settings.output_dir)
-    model, _ = load_model_and_tokenizer(str(folder))  # whole, where the trained one may be sharded
+    model, _ = load_model_and_tokenizer(str(folder), to_write=True)  # whole, where the trained one may be sharded
     model.to(accelerator.device)
     texts = {"samples.txt": sample(model, tokenizer, settings.seed)}
     if settings.model_name_or_path:

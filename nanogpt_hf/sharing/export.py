@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
-from ..model.conversion import FAMILIES, family_of, to_plain
-from ..model.loading import load_model_and_tokenizer, load_native
+from ..model.conversion import FAMILIES, as_native, family_of, native_config, to_plain
+from ..model.loading import load_causal_lm, load_model_and_tokenizer, load_native
 from ..training.lora import load_merged
 from .gguf import export_gguf
 from .model_card import write_card
@@ -25,12 +25,18 @@ ADAPTER_FILES = (
 ).split()
 
 
-def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
-    """The format that a model is written in.
+def choose_format(config: PreTrainedConfig, format: str = "auto") -> str:
+    """The format that a model is written in: its model type, where our class does not hold it.
 
     Raises:
         UserError: there is no such format, or the model cannot be written in it.
     """
+    if not isinstance(config, NanoGPTConfig):
+        model_type, config = config.model_type, native_config(config)
+        if config is None:
+            if format not in ("auto", model_type):
+                raise UserError(f"a model of type {model_type} is written as it is: use the format auto.")
+            return model_type
     plain = family_of(config)
     if format == "auto":
         return plain or "nanogpt"
@@ -177,14 +183,25 @@ def export_run(
         elif format == "gguf":
             model, tokenizer = load_model_and_tokenizer(str(folder))
         elif (folder / "config.json").is_file():
-            model, tokenizer = load_native(folder), load_tokenizer(str(folder))
+            model, tokenizer = _load_whole(folder), load_tokenizer(str(folder))
         else:
             raise UserError(f"{folder} holds no config.json: give a run folder.")
-        if format == "gguf" and not isinstance(model, NanoGPTForCausalLM):
+        model = model if format == "gguf" else as_native(model)
+        written = choose_format(model.config, format)
+        if isinstance(model, NanoGPTForCausalLM):
+            export(model, tokenizer, target, format, quantization, name)
+        elif written == "gguf":
             export_gguf(model, tokenizer, target, quantization, name)
-            written = format
         else:
-            written = export(model, tokenizer, target, format, quantization, name)
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
     write_card(folder, target, format=written, name=name)
     if (folder / "loss_curve.png").exists():
         shutil.copy(folder / "loss_curve.png", target)
+
+
+def _load_whole(folder: Path) -> PreTrainedModel:
+    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind in (NanoGPTConfig.model_type, *FAMILIES):
+        return load_native(folder)
+    return load_causal_lm(str(folder), "auto")

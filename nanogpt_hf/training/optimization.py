@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import SchedulerType, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
+from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
 from ..common.settings import RunSettings
@@ -112,18 +113,20 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-def make_optimizers(model: nn.Module, settings: RunSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: PreTrainedModel, settings: RunSettings) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for everything else.
 
     Matrices decay, vectors (norms, biases) do not.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    embeddings = ("wte", "wpe", "lm_head")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    head = model.get_output_embeddings()
+    projections = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    for_muon = {id(module.weight) for module in projections} - {id(getattr(head, "weight", None))}
     muon, matrices, vectors = [], [], []
-    for name, parameter in trainable:
+    for parameter in trainable:
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif settings.optim == "muon" and not set(embeddings) & set(name.split(".")):
+        elif settings.optim == "muon" and id(parameter) in for_muon:
             muon.append(parameter)
         else:
             matrices.append(parameter)

@@ -17,6 +17,7 @@ from ..common.settings import FinetuningSettings, RunSettings, public_values
 from ..common.text import without_home
 from ..data.corpora import Corpus
 from ..model import NanoGPTConfig
+from ..model.bases import describe_base
 from .checkpoints import Progress, damage, newest_good, read_progress
 from .reporting import library_versions, say, write_yaml
 
@@ -73,8 +74,10 @@ def base_sha256(model: PreTrainedModel) -> str:
     The embeddings are left out: --extend_vocabulary changes their size.
     """
     digest = hashlib.sha256()
+    embeddings = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module]
+    left_out = {id(parameter) for module in embeddings for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
-        if not any(part in name for part in ("lora_", "wte", "lm_head")):
+        if "lora_" not in name and id(parameter) not in left_out:
             digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -245,6 +248,7 @@ def open_run_folder(
                 "notice": corpus.notice,
                 "characters": corpus.characters("train") + corpus.characters("validation"),
             },
+            **({"base": describe_base(base)} if (base := settings.model_name_or_path) else {}),
             "command": command_line(),
             "identity": identity,
             "tokenizer_tokens": len(tokenizer),
