@@ -12,10 +12,8 @@ load_in_4bit and load_in_8bit save more.
 import importlib.util
 import os
 import warnings
-from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 from transformers import (
     BitsAndBytesConfig,
@@ -32,7 +30,6 @@ from ..common.settings import FinetuningSettings
 from ..common.text import first_line, nearest, without_home
 from ..model import NanoGPTForCausalLM
 from ..model.loading import find_file, load_native, put_on_base, suppress_padding
-from .run_folder import base_sha256
 
 SHORT_NAMES = {
     "attention": ["c_attn", "attn.c_proj"],
@@ -209,25 +206,7 @@ def load_merged(folder: str | os.PathLike) -> tuple[NanoGPTForCausalLM, PreTrain
     Raises:
         UserError: the adapter or its base cannot be read, or it is another base than it was trained on.
     """
-    folder = Path(folder)
-
-    def load(base: str) -> NanoGPTForCausalLM:
-        model = load_base(base)
-        check_base(folder, base, model)
-        return model
-
-    adapted, tokenizer = put_on_base(str(folder), load)
+    adapted, tokenizer = put_on_base(str(folder), load_base)
     model = adapted.merge_and_unload()
     suppress_padding(tokenizer, model)
     return model.eval(), tokenizer
-
-
-def check_base(folder: Path, base: str, model: NanoGPTForCausalLM) -> None:
-    """Raises UserError when the run.yaml beside an adapter says that its base had other weights."""
-    try:
-        identity = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["record"]["identity"]
-        exact = not (identity["load_in_4bit"] or identity["load_in_8bit"])
-        if exact and identity["base"] != base_sha256(model):
-            raise UserError(f"it was trained on another base, {base} has other weights now")
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
-        pass  # an adapter from elsewhere
