@@ -182,20 +182,20 @@ def test_an_evaluation_into_a_live_run_does_no_harm(corpus, whole, tmp_path):
     live = Run(training_words(folder, corpus, "--max_steps", "100000"), **PRETRAIN)
     live.wait_for(folder / "checkpoints" / "step-10")
     words = ["--model", whole, "--corpus", corpus, "--output_dir", folder]
-    finished(words, recipe="evaluate.py", log=tmp_path / "log")
+    finished(words, recipe="compare.py", log=tmp_path / "log")
     assert live.process.is_alive() and (folder / "results.json").exists()
     live.signal(signal.SIGTERM)
     assert live.wait() == 143
 
 
-@pytest.mark.parametrize("recipe", ["evaluate.py", "plan.py"])
+@pytest.mark.parametrize("recipe", ["compare.py", "plan.py"])
 def test_files_of_others_are_not_replaced_unasked(corpus, whole, tmp_path, recipe):
     folder = tmp_path / "mine"
     (folder / ".unfinished-novel").mkdir(parents=True)
-    name = {"evaluate.py": "results.md", "plan.py": "plan.json"}[recipe]
+    name = {"compare.py": "results.md", "plan.py": "plan.json"}[recipe]
     (folder / name).write_text("my own")
     words = ["--output_dir", folder] + (
-        ["--model", whole, "--corpus", corpus] if recipe == "evaluate.py" else ["--preset", "cpu"]
+        ["--model", whole, "--corpus", corpus] if recipe == "compare.py" else ["--preset", "cpu"]
     )
     assert f"holds {name}" in one_sentence(Run(words, recipe=recipe))
     assert (folder / name).read_text() == "my own"
@@ -410,8 +410,8 @@ def test_no_picture_costs_anything_else(corpus, tmp_path):
     assert not (folder / "loss_curve.png").exists() and (folder / "samples.txt").exists()
     assert "loss_curve" not in (folder / "README.md").read_text(encoding="utf-8")
     words = ["--model", folder, "--corpus", corpus, "--output_dir", tmp_path / "comparison"]
-    said = finished(words, recipe="evaluate.py", prepare=(no_pictures,), log=tmp_path / "log")
-    assert "warning: surprise.png is left out" in said
+    said = finished(words, recipe="compare.py", prepare=(no_pictures,), log=tmp_path / "log")
+    assert "warning: surprisal.html is left out" in said
     assert {path.name for path in (tmp_path / "comparison").iterdir()} == {"results.md", "results.json"}
 
 
@@ -492,7 +492,7 @@ def test_damage_at_the_top_is_refused_and_mended_by_going_on(corpus, whole, copi
     assert "is damaged" in one_sentence(Run(words, recipe="share.py", log=tmp_path / "share.log"))
     assert not (tmp_path / "plain").exists()
     words = ["--model", copied, "--corpus", corpus]
-    assert "is damaged" in one_sentence(Run(words, recipe="evaluate.py", log=tmp_path / "evaluate.log"))
+    assert "is damaged" in one_sentence(Run(words, recipe="compare.py", log=tmp_path / "evaluate.log"))
     words = training_words(copied, corpus, "--save_total_limit", "9", *GO_ON)
     said = finished(words, log=tmp_path / "going_on.log", **PRETRAIN)
     assert "warning: the best model in " in said
@@ -557,7 +557,7 @@ def test_weights_that_are_not_numbers_are_refused(corpus, copied, tmp_path):
     )
     for recipe, words in [
         ("share.py", ["--model", copied, "--output_dir", tmp_path / "plain"]),
-        ("evaluate.py", ["--model", copied, "--corpus", corpus]),
+        ("compare.py", ["--model", copied, "--corpus", corpus]),
         ("pretrain_char.py", training_words(tmp_path / "on", corpus, "--model_name_or_path", copied)),
         (
             "finetune_lora.py",
