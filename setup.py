@@ -28,6 +28,7 @@ setup(
         "datasets>=4.0",
         "accelerate>=1.15",
         "evaluate>=0.4.6",
+        "filelock>=4.0",
         "peft>=0.18",
         "huggingface_hub>=1.5",
         "jinja2>=3.1",

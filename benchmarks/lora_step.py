@@ -77,7 +77,7 @@ def time_ours(folder: Path, batch: int, steps: int) -> list[float]:
     )
     accelerator = make_accelerator(settings)
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage)
-    tokenizer, model, _ = adapt_base(settings, corpus)
+    tokenizer, model, *_ = adapt_base(settings, corpus)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)

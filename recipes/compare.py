@@ -19,10 +19,12 @@ from pathlib import Path
 
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.files import files_written_whole
-from nanogpt_hf.common.paths import check_model_name
+from nanogpt_hf.common.files import files_written_whole, written_if_possible
+from nanogpt_hf.common.paths import check_model_name, check_unused
 from nanogpt_hf.common.settings import Settings, exclude, setting
 from nanogpt_hf.common.tables import table
+
+FILES = ("results.md", "results.json", "surprisal.html")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class ComparisonSettings(Settings):
         0, "characters into the validation text where the page of surprisal begins", ge=0
     )
     passage_length: int = setting(900, "characters of that page", ge=1)
+    overwrite_output_dir: bool = setting(False, "replace these files in the folder")
     use_cpu: bool = setting(False, "do not use a GPU")
 
     def __post_init__(self) -> None:
@@ -175,11 +178,13 @@ def write(
         with files_written_whole(Path(folder)) as staging:
             (staging / "results.md").write_text(words, encoding="utf-8")
             (staging / "results.json").write_text(as_json(results), encoding="utf-8")
-            page = surprisal_page(title, passage, panels)
-            (staging / "surprisal.html").write_text(page, encoding="utf-8")
+            written_if_possible(
+                staging / "surprisal.html",
+                lambda path: path.write_text(surprisal_page(title, passage, panels), encoding="utf-8"),
+            )
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
-    print(f"\nwritten to {folder}: results.md, results.json, surprisal.html")
+    print(f"\nwritten to {folder}: {', '.join(FILES)}")
 
 
 def as_json(results: dict) -> str:
@@ -192,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(ComparisonSettings, __doc__, argv, positional="runs")
     for name in settings.model:
         check_model_name(name)
+    if settings.output_dir and not settings.overwrite_output_dir:
+        check_unused(settings.output_dir, FILES)
     if settings.runs:
         list_runs(settings.runs)
     else:

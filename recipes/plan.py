@@ -29,7 +29,8 @@ from nanogpt_hf.analysis.planning import (
 )
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.files import files_written_whole
+from nanogpt_hf.common.files import files_written_whole, written_if_possible
+from nanogpt_hf.common.paths import check_unused
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.common.tables import table
 from nanogpt_hf.model import find_preset
@@ -86,6 +87,7 @@ class PlanSettings:
     reshard_after_forward: bool = setting(True, "FSDP2 gives gathered weights back, in the layout asked for")
     torch_compile: bool = setting(False, "count activations as compiled code keeps them")
     output_dir: str | None = setting(None, "folder for plan.json and memory.png")
+    overwrite_output_dir: bool = setting(False, "replace these files in the folder")
 
     def __post_init__(self):
         for name in (*CONFIG_FIELDS, "gpus", "batch_tokens", "per_device_train_batch_size"):
@@ -100,6 +102,8 @@ class PlanSettings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(PlanSettings, __doc__, argv)
+    if settings.output_dir and not settings.overwrite_output_dir:
+        check_unused(settings.output_dir, ("plan.json", "memory.png"))
     preset, gpu = (
         find_preset(settings.preset),
         find_gpu(settings.gpu, settings.gpu_memory_gib, settings.gpu_tflops),
@@ -151,7 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             with files_written_whole(Path(settings.output_dir)) as staging:
                 (staging / "plan.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-                draw_memory(staging / "memory.png", f"{title}\n{batch_words}", rows, gpu)
+                written_if_possible(
+                    staging / "memory.png",
+                    lambda path: draw_memory(path, f"{title}\n{batch_words}", rows, gpu),
+                )
         except OSError as error:
             raise UserError(
                 f"--output_dir {settings.output_dir} cannot be written ({error.strerror})."

@@ -133,7 +133,7 @@ def _run(words, recipe, log, prepare, environment):
         prepare[0](*prepare[1:])
     if recipe is None:
         return run_recipe(lambda: train_here(words) and None)
-    sys.argv = [recipe, *words]
+    sys.argv = [f"recipes/{recipe}", *words]
     runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
 
 

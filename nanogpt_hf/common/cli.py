@@ -372,7 +372,7 @@ def _answer(error: BaseException, lost: bool) -> tuple[str | None, int]:
         return f"another process of this run has ended, so this one ends too; {whole}.", 1
     if isinstance(error, BrokenPipeError):
         _close_stdout()
-        return "what read the output has ended before it was all written.", 141
+        return f"what read the output has ended before it was all written; {whole}.", 141
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}: make room, and run the same again; {whole}.", 1
     if isinstance(error, OSError):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def check_model_name(name_or_path: str) -> None:
         near = nearest_path(name)
         hint = f"did you mean {near}?" if near else "give one with a saved model, or a Hub id."
         raise UserError(f"there is no folder {name!r}: {hint}")
+
+
+def check_unused(folder: str, names: Iterable[str]) -> None:
+    """Raises UserError where a folder holds something of a name that is about to be written."""
+    for name in names:
+        if os.path.lexists(os.path.join(folder, name)):
+            raise UserError(
+                f"--output_dir {folder} holds {name}: choose another folder, or replace it with --overwrite_output_dir."
+            )
 
 
 def nearest_path(name: str) -> str | None:

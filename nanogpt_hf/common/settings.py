@@ -14,6 +14,8 @@ from .errors import UserError
 from .recipes import command
 from .text import without_home
 
+# Settings that say where and how a run is started, and not what it is.
+OF_A_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
 
 

@@ -39,6 +39,14 @@ def spelt_out(word: str) -> str:
     return _ESCAPE.sub(lambda found: codecs.decode(found[0], "unicode_escape"), text)
 
 
+def readable(name: str) -> str:
+    """A name from the command line in characters: where the locale is not UTF-8, Python spells its bytes as surrogates."""
+    try:
+        return os.fsencode(name).decode("utf-8", "replace")
+    except UnicodeEncodeError:  # it has come from elsewhere
+        return name
+
+
 def without_home(path: str) -> str:
     """A path under the user's home begins with ~ instead, which `os.path.expanduser` undoes; all else stays."""
     home = os.path.expanduser("~")

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
-from ..common.text import without_home
+from ..common.text import readable, without_home
 from .readers import open_source
 from .shards import ShardedCorpus, is_shards, open_shards
 from .tokenization import encode_documents, make_tokenizer
@@ -103,7 +103,7 @@ def load_corpus(
     if document_end:
         splits = {name: _documents_ended_by(texts, document_end) for name, texts in splits.items()}
     return Corpus(
-        without_home(corpus),
+        readable(without_home(corpus)),
         splits["train"],
         splits["validation"],
         sha256,

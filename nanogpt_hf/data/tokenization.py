@@ -1,6 +1,7 @@
 """Tokenizers trained on a corpus, character by character or in byte-level BPE; both lossless on any Unicode."""
 
 import json
+import os
 import re
 from array import array
 from collections import Counter
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
+from ..common.files import check_whole
 from ..common.text import first_line
 
 END_OF_TEXT = "<|endoftext|>"
@@ -133,6 +135,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, or it has no end-of-text token.
     """
+    if os.path.isdir(name_or_path):
+        check_whole(name_or_path, lambda file: file.startswith(("tokenizer", "special_tokens")))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json has as many exceptions as it has keys

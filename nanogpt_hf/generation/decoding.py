@@ -28,7 +28,11 @@ from .layers import plain, plain_rms_norm, swiglu
 
 # Below this temperature the likeliest token has all the probability that float32 tells from none, unless two logits tie.
 COLDEST = 1e-5
-CACHES = ("past_key_values", "cache_params", "state")  # attention's, and those of recurrent models as Mamba and RWKV
+CACHES = (
+    "past_key_values",
+    "cache_params",
+    "state",
+)  # attention's, and those of recurrent models as Mamba and RWKV
 
 
 class Sampler:

@@ -4,12 +4,15 @@ Ours, plain GPT-2, Qwen3 and Llama, whatever else transformers has, peft adapter
 of. Nothing that is loaded can run code: remote code is refused, and so are weights in pickles.
 """
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -21,6 +24,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from ..common.errors import UserError
+from ..common.files import check_whole
 from ..common.paths import check_model_name
 from ..common.text import first_line
 from ..data.tokenization import load_tokenizer
@@ -59,10 +63,10 @@ def load_model_and_tokenizer(
         tokenizer = load_tokenizer(name)
         check_vocabulary(tokenizer, model)
     else:
-        # What an adapter adds is less than bfloat16 tells apart in a weight, one by one.
-        precise = torch.float32 if to_write else dtype
-        model, tokenizer = put_on_base(name, lambda base: load_causal_lm(base, precise))
-        model = model.merge_and_unload().to(dtype) if to_write else model
+        # In float32: so it shows whether it is the base that the adapter was trained on, and what an adapter adds to a
+        # weight is less than bfloat16 tells apart.
+        model, tokenizer = put_on_base(name, lambda base: load_causal_lm(base, torch.float32))
+        model = (model.merge_and_unload() if to_write else model).to(dtype)
     model = as_native(model) if to_write else model
     suppress_padding(tokenizer, model)
     return model.eval(), tokenizer
@@ -78,9 +82,11 @@ def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple
 
     if find_file(name, "adapter_model.safetensors") is None:
         raise UserError(f"{name} holds no adapter_model.safetensors, and weights in pickles are not read.")
+    check_whole(name, is_of_a_model)
     try:
         base = local_checkpoint(PeftConfig.from_pretrained(name).base_model_name_or_path or "")
         model = load_base(base)
+        check_base(Path(name), base, model)
         tokenizer = load_tokenizer(name if find_file(name, "tokenizer.json") else base)
         # An adapter may bring tokens of its own.
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -96,6 +102,69 @@ def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple
             f"the adapter {name} cannot be put on its base model: {first_line(error)}."
         ) from error
     return adapted, tokenizer
+
+
+def base_sha256(model: PreTrainedModel) -> dict[str, str]:
+    """SHA-256 of the weights that an adapter is to be trained on, as they were loaded: of all but the embeddings, and of
+    those, which added tokens change."""
+    digests = {"base": hashlib.sha256(), "base_embeddings": hashlib.sha256()}
+    embeddings = [
+        module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
+    ]
+    embedded = {id(parameter) for module in embeddings for parameter in module.parameters()}
+    for parameter in model.parameters():
+        digest = digests["base_embeddings" if id(parameter) in embedded else "base"]
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def check_base(adapter: Path, base: str, model: PreTrainedModel) -> None:
+    """Raises UserError where what lies beside an adapter says that its base had other weights.
+
+    Args:
+        base: what the adapter calls its base.
+        model: the base, as it was loaded in float32.
+    """
+    identity = _identity_beside(adapter)
+    if not identity.get("base") or identity.get("load_in_4bit") or identity.get("load_in_8bit"):
+        return  # from elsewhere, or its base was never seen in float32
+    for name, digest in base_sha256(model).items():
+        if identity.get(name, digest) != digest:
+            raise UserError(f"it was trained on another base, {base} has other weights now")
+
+
+def _identity_beside(adapter: Path) -> dict:
+    """What a run has noted beside an adapter of what it was trained on: progress.json, run.yaml in earlier versions."""
+    for name, keys in (("progress.json", ["identity"]), ("run.yaml", ["record", "identity"])):
+        try:
+            values = yaml.safe_load((adapter / name).read_text(encoding="utf-8"))
+            for key in keys:
+                values = values[key]
+            return values if isinstance(values, dict) else {}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+            continue
+    return {}
+
+
+def check_finite(model: PreTrainedModel, name: str | os.PathLike) -> None:
+    """Raises UserError where a weight is not a finite number."""
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"{name} holds weights that are not finite numbers ({key}): its training had failed."
+            )
+
+
+def is_of_a_model(file: str) -> bool:
+    """Whether loading a model reads that file of a folder; a checkpoint holds more."""
+    return file.endswith((".safetensors", ".json")) and not file.startswith(("optimizer", "tokenizer"))
+
+
+def where_models_are(folder: str) -> str:
+    """What to give instead of a folder without a model."""
+    configs = Path(folder).glob("checkpoints/step-*/config.json")
+    newest = max(configs, key=lambda path: path.stat().st_mtime, default=None)
+    return f"give its checkpoint {newest.parent}" if newest else "give a folder that a model was saved into"
 
 
 def find_file(name: str, file: str) -> str | None:
@@ -117,7 +186,9 @@ def load_causal_lm(name: str, dtype: torch.dtype, **options: Any) -> PreTrainedM
     """
     is_folder = os.path.isdir(name)
     if is_folder and find_file(name, "config.json") is None:
-        raise UserError(f"{name} holds no config.json: give a folder that a model was saved into.")
+        raise UserError(f"{name} holds no config.json: {where_models_are(name)}.")
+    if is_folder:
+        check_whole(name, is_of_a_model)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -157,6 +228,7 @@ def load_causal_lm(name: str, dtype: torch.dtype, **options: Any) -> PreTrainedM
             f"{name} lacks {len(info['missing_keys'])} weights that its config.json asks for "
             f"({min(info['missing_keys'])} among them)."
         )
+    check_finite(model, name)
     return model
 
 
@@ -194,10 +266,14 @@ def load_native(name_or_path: str | os.PathLike, **options: Any) -> NanoGPTForCa
     Raises:
         UserError: there is none, or its files do not belong together.
     """
+    if os.path.isdir(name_or_path):
+        check_whole(name_or_path, is_of_a_model)
     try:
-        return NanoGPTForCausalLM.from_pretrained(local_checkpoint(str(name_or_path)), **options)
+        model = NanoGPTForCausalLM.from_pretrained(local_checkpoint(str(name_or_path)), **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{first_line(error)}.") from error
+    check_finite(model, name_or_path)
+    return model
 
 
 def make_config(preset: str | None, **fields: Any) -> NanoGPTConfig:

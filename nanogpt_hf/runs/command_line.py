@@ -1,21 +1,19 @@
 """The settings of the training recipes, checked before anything slow is imported."""
 
+import json
 import os
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..common.cli import Values, parse, read_yaml
 from ..common.errors import UserError
+from ..common.files import check_no_writer, damage
 from ..common.paths import check_model_name
-from ..common.settings import RunSettings
+from ..common.settings import OF_A_START, RunSettings
 from ..data.readers import check_corpus
 
 R = TypeVar("R", bound=RunSettings)
-
-# Of a run.yaml, what says where and how a run is started, and not what it is.
-OF_A_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
 
 def read_settings(cls: type[R], description: str | None, defaults: Callable[[Values], Values] | Values) -> R:
@@ -25,9 +23,16 @@ def read_settings(cls: type[R], description: str | None, defaults: Callable[[Val
         defaults: as `parse` takes them.
 
     Raises:
-        UserError: a mistake on the command line, or a path that is not there.
+        UserError: a mistake on the command line, a path that is not there, or a folder that another run writes into.
     """
-    return parse(cls, description, defaults=defaults, check=check_paths, earlier=lambda v: earlier(cls, v))
+    settings = parse(
+        cls, description, defaults=defaults, check=check_paths, earlier=lambda v: earlier(cls, v)
+    )
+    if (
+        os.environ.get("RANK", "0") == "0"
+    ):  # the first process of this very run may have begun before the others look
+        check_no_writer(Path(settings.folder()))
+    return settings
 
 
 def check_paths(said: Values) -> None:
@@ -47,16 +52,42 @@ def check_paths(said: Values) -> None:
 
 def earlier(cls: type[RunSettings], values: Values) -> dict[str, Any]:
     """The settings of the run that --resume_from_checkpoint goes on with, none for a new run."""
-    checkpoint = values["resume_from_checkpoint"]
-    if checkpoint is None:
+    asked = values["resume_from_checkpoint"]
+    if asked is None:
         return {}
-    folder = Path(cls(**values).folder())
-    if checkpoint != "last":
-        folder = Path(os.path.expanduser(checkpoint)).resolve().parents[1]
-    if not (folder / "run.yaml").exists():
+    if asked == "last":
+        checkpoints = Path(cls(**values).folder()) / "checkpoints"
+        found = [path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+        newest_first = sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
+    else:
+        newest_first = [Path(os.path.expanduser(asked)).resolve()]
+        checkpoints = newest_first[0].parent
+    saved = _settings_in(newest_first)
+    if saved is None:
+        saved = _settings_in_yaml(cls, checkpoints.parent / "run.yaml")
+    return {
+        name: saved[name] for name in cls.__dataclass_fields__ if name in saved and name not in OF_A_START
+    }
+
+
+def _settings_in(checkpoints: Sequence[Path]) -> dict[str, Any] | None:
+    """The settings in the first undamaged checkpoint, None where earlier versions have not kept them there."""
+    for checkpoint in checkpoints:
+        if damage(checkpoint, ["progress.json"], chosen=lambda name: name == "progress.json") is None:
+            return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")).get("settings")
+    return None
+
+
+def _settings_in_yaml(cls: type[RunSettings], path: Path) -> dict[str, Any]:
+    if not path.exists():
         return {}
-    saved = read_yaml(folder / "run.yaml", [item.name for item in fields(cls)], cls.RETIRED)
-    return {name: value for name, value in saved.items() if name not in OF_A_START}
+    try:
+        return read_yaml(path, cls.__dataclass_fields__, cls.RETIRED)
+    except UserError as error:
+        raise UserError(
+            f"what the run was started with cannot be read: {str(error).rstrip('.')}; to go on, delete that file and give "
+            "the settings again."
+        ) from error
 
 
 def size_here(said: Values) -> str:

@@ -10,13 +10,12 @@ from ..common.settings import FinetuningSettings
 from ..data.corpora import AnyCorpus
 from ..data.tokenization import extend_tokenizer, load_tokenizer
 from ..model.bases import local_checkpoint
-from ..model.loading import check_vocabulary, context_length
+from ..model.loading import base_sha256, check_vocabulary, context_length
 from ..training.checkpoints import Progress
 from ..training.hardware import device_type
-from ..training.loop import train
 from ..training.lora import add_adapter, describe_trained, extend_embedding, load_base, quantization
 from .pretraining import settle_generation
-from .run import describe, finish, language_modeling, make_ready, resolve, start
+from .run import describe, language_modeling, make_ready, resolve, start, train_and_finish
 
 LONGEST_CONTEXT = 1024  # tokens, unless more is asked for: bases of today see tens of thousands
 
@@ -29,15 +28,13 @@ def finetune(settings: FinetuningSettings) -> Progress:
     """
     check_that_others_can_load(settings)
     accelerator, corpus = start(settings)
-    tokenizer, model, lines = adapt_base(settings, corpus)
+    tokenizer, model, base, lines = adapt_base(settings, corpus)
     context = settings.n_positions or min(context_length(model), LONGEST_CONTEXT)
     settings = resolve(replace(settings, n_positions=context), accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
     describe(accelerator, settings, corpus, tokenizer, model, lines)
-    progress = train(accelerator, settings, corpus, tokenizer, model, objective)
-    finish(accelerator, settings, corpus, tokenizer, progress)
-    return progress
+    return train_and_finish(accelerator, settings, corpus, tokenizer, model, objective, base)
 
 
 def check_that_others_can_load(settings: FinetuningSettings) -> None:
@@ -52,8 +49,9 @@ def check_that_others_can_load(settings: FinetuningSettings) -> None:
 
 def adapt_base(
     settings: FinetuningSettings, corpus: AnyCorpus
-) -> tuple[PreTrainedTokenizerFast, PreTrainedModel, list[str]]:
-    """The tokenizer, the base as it will train, and what to say of them on the first screen.
+) -> tuple[PreTrainedTokenizerFast, PreTrainedModel, dict[str, str], list[str]]:
+    """The tokenizer, the base as it will train, digests of what stays as it is of it, and what to say of them on the
+    first screen.
 
     Raises:
         UserError: base, tokenizer and settings do not fit together.
@@ -63,6 +61,7 @@ def adapt_base(
     model = load_base(name, whole=settings.full, **options)
     tokenizer = load_tokenizer(local_checkpoint(name))
     check_vocabulary(tokenizer, model)
+    base = {} if settings.full else base_sha256(model)
     lines = [format_token_rate("the base's tokenizer", tokenizer, corpus)]
     new_tokens = []
     if settings.extend_vocabulary:
@@ -73,7 +72,7 @@ def adapt_base(
     if not settings.full:
         add_adapter(model, settings, new_tokens)
     settle_generation(tokenizer, model, corpus, new=False)
-    return tokenizer, model, [f"trains     {describe_trained(model)}", *lines]
+    return tokenizer, model, base, [f"trains     {describe_trained(model)}", *lines]
 
 
 def format_token_rate(whose: str, tokenizer: PreTrainedTokenizerFast, corpus: AnyCorpus) -> str:

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.settings import TrainingSettings
@@ -10,8 +11,7 @@ from ..model import NanoGPTForCausalLM
 from ..model.bases import local_checkpoint
 from ..model.loading import check_vocabulary, context_length, load_native, make_config, suppress_padding
 from ..training.checkpoints import Progress
-from ..training.loop import train
-from .run import describe, finish, language_modeling, make_ready, resolve, start
+from .run import describe, language_modeling, make_ready, resolve, start, train_and_finish
 
 SIZES = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner n_positions".split()
 
@@ -28,9 +28,7 @@ def pretrain(settings: TrainingSettings) -> Progress:
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
     describe(accelerator, settings, corpus, tokenizer, model)
-    progress = train(accelerator, settings, corpus, tokenizer, model, objective)
-    finish(accelerator, settings, corpus, tokenizer, progress)
-    return progress
+    return train_and_finish(accelerator, settings, corpus, tokenizer, model, objective)
 
 
 def make_tokenizer_and_model(
@@ -45,7 +43,7 @@ def make_tokenizer_and_model(
     source = local_checkpoint(base) if base else settings.tokenizer
     tokenizer = corpus.make_tokenizer(source, settings.vocab_size)
     if base:
-        model = load_native(base, **settings.dropouts())
+        model = load_native(base, dtype=torch.float32, **settings.dropouts())
     else:
         vocab_size = math.ceil(len(tokenizer) / settings.pad_to_multiple_of) * settings.pad_to_multiple_of
         end = tokenizer.eos_token_id

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -13,23 +14,24 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
-from ..common.files import files_written_whole
+from ..common.files import delete, files_written_whole
 from ..common.recipes import command
 from ..common.settings import RunSettings
-from ..common.text import first_line, printable
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.token_stream import TokenStream
-from ..generation.text import generate_text
-from ..model.loading import context_length, load_model_and_tokenizer
+from ..model.loading import context_length
 from ..sharing.export import choose_format, export_run
 from ..sharing.hub import check_push, push
-from ..sharing.model_card import write_card
+from ..training.best_model import show_best
 from ..training.checkpoints import Progress
 from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
-from ..training.objectives import LanguageModeling
-from ..training.reporting import check_trackers, draw_loss_curve, read_metrics, say
+from ..training.loop import train
+from ..training.objectives import LanguageModeling, Objective
+from ..training.reporting import check_trackers, read_metrics, say
+from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
+from .showing import Showing, sample_base
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -170,24 +172,6 @@ def describe(
     )
 
 
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
-    samples = generate_text(
-        model, tokenizer, "\n", num_return_sequences=3, max_new_tokens=500, temperature=0.8, seed=seed
-    )
-    return printable("\n\n---\n\n".join(sample.strip() for sample in samples) + "\n")
-
-
-def sample_base(accelerator: Accelerator, settings: RunSettings) -> str | None:
-    """What the base writes without training, if it can still be had."""
-    base = settings.model_name_or_path
-    try:
-        model, tokenizer = load_model_and_tokenizer(base, to_write=True)
-        return sample(model.to(accelerator.device), tokenizer, settings.seed)
-    except UserError as error:
-        say(accelerator, f"warning: no samples of the base, {first_line(error)}.")
-        return None
-
-
 def bits_words(rows: Sequence[Mapping], corpus: AnyCorpus) -> list[str]:
     """A base's validation loss before the first step and the best one, in a unit that any tokenizer shares."""
     measured = [row for row in rows if "eval_bits_per_char" in row]
@@ -204,20 +188,42 @@ def memory_words(device: torch.device) -> list[str]:
     return [f"peak memory     {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"]
 
 
-def finish(
+def train_and_finish(
     accelerator: Accelerator,
     settings: RunSettings,
     corpus: AnyCorpus,
     tokenizer: PreTrainedTokenizerFast,
-    progress: Progress,
+    model: PreTrainedModel,
+    objective: Objective,
+    base: Mapping[str, str] = MappingProxyType({}),
+) -> Progress:
+    """The run itself, alone in its folder; arguments as of `train`.
+
+    Raises:
+        UserError: as `train`, or another process is writing into the folder.
+    """
+    show = Showing(accelerator, settings, corpus)
+    with alone_in(accelerator, Path(settings.output_dir)):
+        progress = train(accelerator, settings, corpus, tokenizer, model, objective, base, show)
+        finish(accelerator, settings, corpus, progress, show)
+    return progress
+
+
+def finish(
+    accelerator: Accelerator, settings: RunSettings, corpus: AnyCorpus, progress: Progress, show: Showing
 ) -> None:
     """Samples of the best model and of its base, the loss curve, the card and the last screen; then the upload."""
     merge = getattr(settings, "merge", False)
     if accelerator.is_main_process:
-        _describe_result(accelerator, settings, corpus, tokenizer, progress)
         folder = Path(settings.output_dir)
-        write_card(folder)
+        if settings.model_name_or_path and (text := sample_base(accelerator, settings)) is not None:
+            with files_written_whole(folder) as staging:
+                (staging / "samples_before.txt").write_text(text, encoding="utf-8")
+        show.ended = True
+        show_best(folder, show)
+        describe_result(accelerator, corpus, progress, folder)
         if merge:
+            delete(folder / "merged")
             export_run(folder, folder / "merged", settings.hub_format, merge=True)
             say(accelerator, f"merged          {folder / 'merged'}")
         if settings.push_to_hub:
@@ -226,34 +232,18 @@ def finish(
     accelerator.end_training()
 
 
-def _describe_result(
-    accelerator: Accelerator,
-    settings: RunSettings,
-    corpus: AnyCorpus,
-    tokenizer: PreTrainedTokenizerFast,
-    progress: Progress,
-) -> None:
-    folder = Path(settings.output_dir)
-    model, _ = load_model_and_tokenizer(str(folder), to_write=True)  # whole, where the trained one may be sharded
-    model.to(accelerator.device)
-    texts = {"samples.txt": sample(model, tokenizer, settings.seed)}
-    if settings.model_name_or_path:
-        texts["samples_before.txt"] = sample_base(accelerator, settings)
-    with files_written_whole(folder) as staging:
-        for name, text in texts.items():
-            if text is not None:
-                (staging / name).write_text(text, encoding="utf-8")
-    source, rows = settings.model_name_or_path or settings.tokenizer, read_metrics(folder / "metrics.jsonl")
-    title = f"{Path(corpus.name).name}, {Path(source).name}"  # without folders of this machine
-    draw_loss_curve(folder / "loss_curve.png", rows, title)
+def describe_result(accelerator: Accelerator, corpus: AnyCorpus, progress: Progress, folder: Path) -> None:
+    """The last screen."""
+    samples = folder / "samples.txt"
+    text = samples.read_text(encoding="utf-8") if samples.exists() else ""
     say(
         accelerator,
         "",
-        texts["samples.txt"].split("\n\n---\n\n")[0].strip(),
+        text.split("\n\n---\n\n")[0].strip(),
         "",
         f"validation loss {progress.best_loss:.4f} nats per token, best at step {progress.best_step} of {progress.step}; "
         f"{progress.elapsed_s / 60:.1f} minutes",
-        *bits_words(rows, corpus),
+        *bits_words(read_metrics(folder / "metrics.jsonl"), corpus),
         *memory_words(accelerator.device),
         f"run folder      {folder}",
         f"more samples    {command('sample')} --model {folder}",

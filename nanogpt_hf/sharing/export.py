@@ -10,13 +10,20 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
+from ..common.files import MANIFEST, check_whole, folder_written_whole
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
 from ..model.conversion import FAMILIES, as_native, family_of, native_config, to_plain
-from ..model.loading import load_causal_lm, load_model_and_tokenizer, load_native
+from ..model.loading import (
+    is_of_a_model,
+    load_causal_lm,
+    load_model_and_tokenizer,
+    load_native,
+    where_models_are,
+)
 from ..training.lora import load_merged
 from .gguf import export_gguf
-from .model_card import write_card
+from .model_card import make_card
 from .onnx import add_onnx, check_onnx
 
 DERIVED = ("gguf", "onnx")  # made of the plain format
@@ -149,7 +156,8 @@ def export_run(
 ) -> None:
     """`export` of the best model of a run folder, or of any checkpoint of ours, with its card and loss curve.
 
-    As GGUF also of any GPT-2, Qwen3 or Llama that transformers loads, with a tokenizer that llama.cpp has.
+    As GGUF also of any GPT-2, Qwen3 or Llama that transformers loads, with a tokenizer that llama.cpp has. The target
+    is there only when everything is written; an earlier export in its place is replaced.
 
     Args:
         name: what the card's lines load, a Hub id; by default the target's name.
@@ -157,47 +165,66 @@ def export_run(
         quantization: of a GGUF: f32, bf16 or q8_0.
 
     Raises:
-        UserError: the folder holds no checkpoint that can be read, or none that can be written in that format.
+        UserError: the folder holds no checkpoint that can be read, or none that can be written in that format, or the
+            target holds something else.
     """
     folder, target = Path(folder), Path(target)
     is_adapter = (folder / "adapter_config.json").exists()
     if is_adapter and format in DERIVED and not merge:
         raise UserError(f"{folder} holds an adapter, and {format} holds a whole model: merge it (--merge).")
-    if is_adapter and not merge:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
-            "base_model_name_or_path"
-        ]
-        if name and os.path.isdir(os.path.expanduser(base)):
-            raise UserError(
-                f"{folder} holds an adapter whose base, {base}, is a folder of this machine: nobody could load it from "
-                "the Hub; merge it (--merge)."
-            )
-        target.mkdir(parents=True, exist_ok=True)
-        for file in ADAPTER_FILES:
-            if (folder / file).exists():
-                shutil.copy(folder / file, target)
-        written = "adapter"
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).exists():
+        raise UserError(f"{target} is not empty: choose another folder.")
+    before, title = _state(folder), name or target.resolve().name
+    with folder_written_whole(target) as staging:
+        if is_adapter and not merge:
+            written = _copy_adapter(folder, staging, for_others=name is not None)
+        else:
+            written = _export_whole(folder, staging, format, quantization, title)
+        make_card(folder, weights=staging, format=written, name=title).save(staging / "README.md")
+        if (folder / "loss_curve.png").exists():
+            shutil.copy(folder / "loss_curve.png", staging)
+        if _state(folder) != before:
+            raise UserError(f"the run has replaced the model in {folder} meanwhile: run the same again.")
+
+
+def _state(folder: Path) -> bytes | None:
+    """What changes with the model at the top of a run folder."""
+    return (folder / MANIFEST).read_bytes() if (folder / MANIFEST).exists() else None
+
+
+def _copy_adapter(folder: Path, target: Path, for_others: bool) -> str:
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if for_others and os.path.isdir(os.path.expanduser(base)):
+        raise UserError(
+            f"{folder} holds an adapter whose base, {base}, is a folder of this machine: nobody could load it from "
+            "the Hub; merge it (--merge)."
+        )
+    check_whole(folder, is_of_a_model)
+    for file in ADAPTER_FILES:
+        if (folder / file).exists():
+            shutil.copy(folder / file, target)
+    return "adapter"
+
+
+def _export_whole(folder: Path, target: Path, format: str, quantization: str, name: str) -> str:
+    if (folder / "adapter_config.json").exists():
+        model, tokenizer = load_merged(folder)
+    elif format == "gguf":
+        model, tokenizer = load_model_and_tokenizer(str(folder))
+    elif (folder / "config.json").is_file():
+        model, tokenizer = _load_whole(folder), load_tokenizer(str(folder))
     else:
-        if is_adapter:
-            model, tokenizer = load_merged(folder)
-        elif format == "gguf":
-            model, tokenizer = load_model_and_tokenizer(str(folder))
-        elif (folder / "config.json").is_file():
-            model, tokenizer = _load_whole(folder), load_tokenizer(str(folder))
-        else:
-            raise UserError(f"{folder} holds no config.json: give a run folder.")
-        model = model if format == "gguf" else as_native(model)
-        written = choose_format(model.config, format)
-        if isinstance(model, NanoGPTForCausalLM):
-            export(model, tokenizer, target, format, quantization, name)
-        elif written == "gguf":
-            export_gguf(model, tokenizer, target, quantization, name)
-        else:
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
-    write_card(folder, target, format=written, name=name)
-    if (folder / "loss_curve.png").exists():
-        shutil.copy(folder / "loss_curve.png", target)
+        raise UserError(f"{folder} holds no config.json: {where_models_are(folder)}.")
+    model = model if format == "gguf" else as_native(model)
+    written = choose_format(model.config, format)
+    if isinstance(model, NanoGPTForCausalLM):
+        return export(model, tokenizer, target, format, quantization, name)
+    if written == "gguf":
+        export_gguf(model, tokenizer, target, quantization, name)
+    else:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return written
 
 
 def _load_whole(folder: Path) -> PreTrainedModel:

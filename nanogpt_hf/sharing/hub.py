@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..common.errors import UserError
+from ..common.files import MANIFEST
 from ..common.recipes import command
 from ..common.text import printable
 from .export import export_run
@@ -159,8 +160,9 @@ def push(
         if "/" not in repo_id:
             repo_id = f"{_persist(api.whoami, pauses, timeout, tell)['name']}/{repo_id}"
         with TemporaryDirectory() as staging:
-            export_run(folder, staging, format, repo_id, merge, quantization)
-            _persist(lambda: _upload(api, repo_id, Path(staging), private, timeout), pauses, timeout, tell)
+            model = Path(staging) / "model"
+            export_run(folder, model, format, repo_id, merge, quantization)
+            _persist(lambda: _upload(api, repo_id, model, private, timeout), pauses, timeout, tell)
     except FAILURES as error:
         words = [*command("share").split(), "--model", str(folder), "--hub_model_id", repo_id]
         words += ["--hub_private_repo"] if private else []
@@ -180,7 +182,7 @@ def _upload(api: HfApi, repo_id: str, folder: Path, private: bool, timeout: floa
     info = api.model_info(repo_id, timeout=timeout)
     if private and not info.private:
         raise UserError(_is_public(repo_id))
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     # upload_folder may make several commits of it.
     api.create_commit(
         repo_id,

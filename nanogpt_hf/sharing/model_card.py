@@ -17,6 +17,7 @@ from safetensors import safe_open
 from ..common.errors import UserError
 from ..common.files import files_written_whole
 from ..common.text import printable
+from ..training.checkpoints import read_progress
 from ..training.reporting import read_metrics
 
 # Settings that say where a run was and with whom it is shared, not what was trained.
@@ -50,46 +51,52 @@ const generate = await pipeline('text-generation', NAME, { dtype: 'fp32' }); // 
 console.log((await generate(PROMPT, { max_new_tokens: LENGTH }))[0].generated_text);"""
 
 
-def write_card(
-    folder: str | os.PathLike,
-    target: str | os.PathLike | None = None,
+def write_card(folder: str | os.PathLike, name: str | None = None) -> None:
+    """Write README.md, the card of the model at the top of a run folder, into it; arguments as of `make_card`."""
+    card = make_card(Path(folder), name=name)
+    with files_written_whole(Path(folder)) as staging:
+        card.save(staging / "README.md")
+
+
+def make_card(
+    run: Path,
+    model: Path | None = None,
+    shown: Path | None = None,
+    weights: Path | None = None,
     format: str | None = None,
     name: str | None = None,
-) -> None:
-    """Write README.md, the model card, from what a run has left in its folder; what is not there is left out.
+) -> ModelCard:
+    """The card of a model, from what its run has left; what is not there is left out.
 
     Args:
-        target: where to write it, by default the run folder.
-        format: of the checkpoint beside the card; by default nanogpt, or adapter where there is one.
-        name: what the card's lines load, a Hub id; by default the target's name.
+        run: the run folder.
+        model: where the model lies as the run has written it; by default the run folder.
+        shown: where its loss curve and samples lie; by default with it.
+        weights: where the weights lie that the card goes with; by default with the model.
+        format: of these weights; by default nanogpt, or adapter where there is one.
+        name: what the card's lines load, a Hub id; by default the run folder's name.
 
     Raises:
         UserError: run.yaml cannot be read.
     """
-    folder, target = Path(folder), Path(target or folder)
-    name = name or target.resolve().name
-    settings = read_run(folder / "run.yaml")
+    model = model or run
+    shown, weights = shown or model, weights or model
+    name = name or run.resolve().name
+    settings = read_run(run / "run.yaml")
     record = settings.pop("record", {})
     corpus = record.get("corpus", {})
     base, base_facts = settings.get("model_name_or_path"), record.get("base", {})
     config = (
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (folder / "config.json").exists()
+        json.loads((model / "config.json").read_text(encoding="utf-8"))
+        if (model / "config.json").exists()
         else {}
     )
-    rows = read_metrics(folder / "metrics.jsonl")
-    best = min(
-        (row for row in rows if isfinite(row.get("eval_loss", float("nan")))),
-        key=lambda r: r["eval_loss"],
-        default={},
-    )
+    rows = read_metrics(run / "metrics.jsonl")
+    best = _best(model, rows)
     corpus_name = last_part(corpus["name"]) if corpus else None
-    is_adapter = (folder / "adapter_config.json").exists()
+    is_adapter = (model / "adapter_config.json").exists()
     format = format or ("adapter" if is_adapter else config.get("model_type", "nanogpt"))
-    samples, samples_before = (
-        read_samples(folder / "samples.txt"),
-        read_samples(folder / "samples_before.txt"),
-    )
+    samples, samples_before = read_samples(shown / "samples.txt"), read_samples(run / "samples_before.txt")
 
     data = ModelCardData(
         language=corpus.get("language"),
@@ -99,43 +106,49 @@ def write_card(
         datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source", "")) or None,
         base_model=base_facts.get("hub_id") if base_facts else base if base and _is_hub_id(base) else None,
         model_name=printable(name),
-        eval_results=_results(corpus_name, best, rows) if corpus and best else None,
+        eval_results=_results(corpus_name, best, rows) if corpus and "eval_loss" in best else None,
         **_license(base_facts.get("license") or corpus.get("license")),
     )
     body = [
         f"# {_plain_words(name.split('/')[-1])}",
-        _opening_words(format, config, folder if format == "gguf" else target, corpus_name, base),
+        _opening_words(format, config, model if format == "gguf" else weights, corpus_name, base),
     ]
     on_base = _base_fields(base, base_facts, settings) if format == "adapter" else {}
-    body += ["## Use", _loading_block(target, name, format, samples, on_base)]
+    body += ["## Use", _loading_block(weights, name, format, samples, on_base)]
     if format == "onnx":
-        body += ["In a browser, or in Node.js:", _fenced(_javascript_lines(name, target, samples), "js")]
+        body += ["In a browser, or in Node.js:", _fenced(_javascript_lines(name, weights, samples), "js")]
     if base_facts:
         body += ["## Base", _base_words(last_part(base), base_facts)]
     if corpus:
         body += ["## Corpus", _corpus_words(corpus)]
     if best:
         body += ["## Result", _result_words(best, rows)]
-        if (folder / "loss_curve.png").exists():
+        if (shown / "loss_curve.png").exists():
             body += ["![loss over the steps](loss_curve.png)"]
     if settings:
-        shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [], "")}
-        shown = {"tokenizer": last_part(settings.get("tokenizer") or base or "")} | shown
-        body += [
-            "## Settings",
-            _fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), "yaml"),
-        ]
+        body += ["## Settings", _fenced(_settings_words(settings, record.get("identity")), "yaml")]
     if record.get("command"):
-        body += ["The command that made it:", _fenced(record["command"], "bash")]
+        body += ["The command that made it:", _fenced(_commands_words(record), "bash")]
     if record.get("versions"):
         body += ["With " + ", ".join(_code(f"{k} {v}") for k, v in record["versions"].items()) + "."]
     if samples_before:
         body += ["## Samples", _side_by_side("before, the base", samples_before, "after", samples)]
     elif samples:
         body += ["## Samples", _fenced(samples, "text")]
-    card = ModelCard(without_token(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
-    with files_written_whole(target) as staging:
-        card.save(staging / "README.md")
+    return ModelCard(without_token(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
+
+
+def _best(model: Path, rows: list[dict]) -> dict:
+    """The line of metrics.jsonl of the step that a model is of; without eval_loss where it was never evaluated."""
+    try:
+        progress = read_progress(model)
+    except UserError:  # of an earlier version, or not of a run: the best one
+        evaluated = [row for row in rows if isfinite(row.get("eval_loss", float("nan")))]
+        return min(evaluated, key=lambda row: row["eval_loss"], default={})
+    if progress.best_step is None:
+        return {"step": progress.step}
+    at_step = [row for row in rows if row["step"] == progress.best_step and "eval_loss" in row]
+    return at_step[-1] if at_step else {"step": progress.best_step, "eval_loss": progress.best_loss}
 
 
 def read_samples(path: Path) -> str:
@@ -152,6 +165,13 @@ def read_run(path: Path) -> dict:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values or {}, dict):
         raise UserError(f"{path} must hold `setting: value` lines.")
+    record = (values or {}).get("record", {})
+    of_type = isinstance(record, dict) and all(
+        isinstance(record.get(name) or kind(), kind)
+        for name, kind in (("corpus", dict), ("versions", dict), ("history", list), ("command", str))
+    )
+    if not of_type:
+        raise UserError(f"{path} has a record that no run has written: delete it to share the model without.")
     return values or {}
 
 
@@ -191,7 +211,7 @@ def _last(rows: list[dict], key: str) -> float | None:
 def count_parameters(folder: Path) -> int:
     """Parameters in the weight files of a folder, without reading them."""
     sizes = []
-    for path in folder.glob("*.safetensors"):
+    for path in (path for path in folder.glob("*.safetensors") if "model" in path.name):
         with safe_open(path, "pt") as file:
             sizes += [prod(file.get_slice(key).get_shape()) for key in file.keys()]
     return sum(sizes)
@@ -215,13 +235,22 @@ def _base_fields(base: str, facts: dict, settings: dict) -> dict[str, str]:
     return {
         "base": json.dumps(facts.get("hub_id") or last_part(base), ensure_ascii=False),
         "trust": ", trust_remote_code=True" if facts.get("model_type") == "nanogpt" else "",
-        "resize": "model.resize_token_embeddings(len(tokenizer))\n" if settings.get("extend_vocabulary") else "",
+        "resize": "model.resize_token_embeddings(len(tokenizer))\n"
+        if settings.get("extend_vocabulary")
+        else "",
     }
 
 
 def _base_words(name: str, facts: dict) -> str:
-    words = {"licence": facts.get("license"), "source": facts.get("source"), "on the Hub": facts.get("hub_id")}
-    lines = [f"- {_code(name)}", *(f"- {what}: {_code(said)}" for what, said in words.items() if said and said != name)]
+    words = {
+        "licence": facts.get("license"),
+        "source": facts.get("source"),
+        "on the Hub": facts.get("hub_id"),
+    }
+    lines = [
+        f"- {_code(name)}",
+        *(f"- {what}: {_code(said)}" for what, said in words.items() if said and said != name),
+    ]
     if facts.get("hub_id") not in (None, name):
         lines.append("- trained on the weights of that source; on the Hub's own the loss is a little other")
     return "\n".join(lines)
@@ -267,12 +296,35 @@ def _corpus_words(corpus: dict) -> str:
     return "\n".join(lines)
 
 
+def _settings_words(settings: dict, identity: object) -> str:
+    """The settings that had an effect, and how many tokens a step took on all devices."""
+    shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [], "")}
+    if settings.get("optim") != "muon":
+        shown = {name: value for name, value in shown.items() if not name.startswith("muon_")}
+    shown = {
+        "tokenizer": last_part(settings.get("tokenizer") or settings.get("model_name_or_path") or "")
+    } | shown
+    if isinstance(identity, dict) and "tokens_per_step" in identity:
+        shown["tokens_per_step"] = identity["tokens_per_step"]
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip()
+
+
+def _commands_words(record: dict) -> str:
+    """The commands of a run, one that it went on with after the step from which it did."""
+    history = [entry for entry in record.get("history") or [] if isinstance(entry, dict)]
+    later = [f"# from step {entry.get('step')}:\n{entry.get('command')}" for entry in history]
+    return "\n".join([record["command"], *later])
+
+
 def _result_words(best: dict, rows: list[dict]) -> str:
+    if "eval_loss" not in best:
+        return f"The model of step {best['step']:,}, before the first validation."
     words = f"Validation loss {best['eval_loss']:.4f} nats a token"
     if "eval_bits_per_char" in best:
         words += f" ({best['eval_bits_per_char']:.4f} bits per character)"
-    words += f" at step {best['step']:,} of {rows[-1]['step']:,}, over the whole validation split"
-    first = rows[0]
+    last = max([best["step"], *(row["step"] for row in rows)])
+    words += f" at step {best['step']:,} of {last:,}, over the whole validation split"
+    first = rows[0] if rows else best
     if first["step"] == 0 and best["step"] > 0 and "eval_bits_per_char" in first:
         words += f"; before the first step {first['eval_loss']:.4f} ({first['eval_bits_per_char']:.4f})"
     train_loss = _last(rows, "train_loss")

@@ -19,7 +19,7 @@ from ..data.tokenization import load_tokenizer, train_char_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
 from ..model.loading import check_vocabulary, suppress_padding
 from .export import export
-from .model_card import write_card
+from .model_card import make_card
 
 GPT2_TOKENIZER = "openai-community/gpt2"
 NEVER = -30.0  # logit of a token that nanoGPT did not have: e^-30 of 1e-13 beside any that it had
@@ -76,9 +76,9 @@ def import_nanogpt(
         model.generation_config.suppress_tokens = sorted({*range(config.vocab_size)} - {*ids})
     else:
         suppress_padding(words, model)
-    with files_written_whole(Path(target)) as staging:
+    with files_written_whole(Path(target), manifest=True) as staging:
         export(model, words, staging, "nanogpt")
-    write_card(target)
+        make_card(staging, name=Path(target).resolve().name).save(staging / "README.md")
     return model
 
 

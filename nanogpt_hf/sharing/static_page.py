@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import SpaceCard, SpaceCardData
 from jinja2 import Environment, StrictUndefined
 
-from ..common.files import files_written_whole
+from ..common.files import MANIFEST, files_written_whole
 from ..common.text import printable
 from .export import export_run
 from .model_card import count_parameters, first_words, last_part, read_run, read_samples
@@ -41,20 +41,22 @@ def write_page(folder: str | os.PathLike, target: str | os.PathLike) -> None:
     """
     folder, target = Path(folder), Path(target)
     libraries = find_transformers_js()
-    with TemporaryDirectory() as exported, files_written_whole(target) as page:
+    with TemporaryDirectory() as temporary, files_written_whole(target) as page:
+        exported = Path(temporary) / "model"
         export_run(folder, exported, "onnx", merge=True)
         (page / "lib").mkdir()
         for path in libraries:
             shutil.copy(path, page / "lib")
         (page / "model" / "onnx").mkdir(parents=True)
-        graph, dtype = Path(exported, "onnx", "model.onnx"), "fp32"
+        graph, dtype = exported / "onnx" / "model.onnx", "fp32"
         if graph.stat().st_size > LARGEST_FLOAT:
             graph, dtype = graph.with_name("model_quantized.onnx"), "q8"
         shutil.copy(graph, page / "model" / "onnx")
-        for path in Path(exported).glob("*.json"):
-            shutil.copy(path, page / "model")
+        for path in exported.glob("*.json"):
+            if path.name != MANIFEST:
+                shutil.copy(path, page / "model")
         title = printable(folder.resolve().name)
-        values = _words(folder, Path(exported)) | {"title": title, "dtype": dtype}
+        values = _words(folder, exported) | {"title": title, "dtype": dtype}
         template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
             TEMPLATE.read_text(encoding="utf-8")
         )

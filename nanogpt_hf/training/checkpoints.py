@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerFast
 
+from ..common import files
 from ..common.errors import UserError
-from ..common.files import MANIFEST, delete_at_once, file_sha256, folder_written_whole
+from ..common.files import delete_at_once, folder_written_whole
 from ..common.text import first_line
 from ..model.configuration_nanogpt import FORMER_NAMES
 
@@ -52,32 +53,13 @@ class Progress:
     run_id: str = field(default_factory=lambda: secrets.token_hex(4))
     # What must be the same to go on: corpus, tokenizer, model, seed, tokens a step.
     identity: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)  # earlier versions kept them in run.yaml alone
+    metrics_sha256: str | None = None  # of the lines of metrics.jsonl until then
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return f"{MANIFEST} is missing or cannot be read"
-    for name in NEEDED:
-        if name not in expected:
-            return f"{name} is missing"
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if Path(name).name != name:
-            return f"{MANIFEST} names {name!r}, which is not a file of the checkpoint"
-        if not path.is_file():
-            return f"{name} is missing"
-        try:
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if file_sha256(path) != digest:
-                return f"{name} does not have the SHA-256 of the manifest"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
+    return files.damage(folder, NEEDED)
 
 
 def step_of(folder: Path) -> int:
@@ -214,7 +196,11 @@ def save_checkpoint(
             for name, value in values.items()
         }
         save_file(tensors, staging / "optimizer.safetensors")
-        (staging / "progress.json").write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
+        write_progress(progress, staging)
+
+
+def write_progress(progress: Progress, folder: Path) -> None:
+    (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
 
 
 def read_progress(folder: Path) -> Progress:

@@ -2,21 +2,27 @@
 
 import os
 import signal
+import stat
+import sys
 import threading
 
 import torch
 from accelerate import Accelerator
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-CHECKPOINTING = getattr(signal, "SIGUSR1", None)  # Windows has none
+from .reporting import nobody_reads
+
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has neither this nor SIGUSR1
+STOPPING = (signal.SIGTERM, signal.SIGINT, HANGUP)
+CHECKPOINTING = getattr(signal, "SIGUSR1", None)
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and by torchrun
 
 
 class Interruption:
-    """A context in which SIGTERM and SIGINT ask for a clean stop and SIGUSR1 for a checkpoint.
+    """A context in which SIGTERM, SIGINT and SIGHUP ask for a clean stop and SIGUSR1 for a checkpoint.
 
-    A second SIGTERM or SIGINT ends the process at once. The end of the launcher counts as a SIGTERM: accelerate
-    launch (1.15.0) does not pass on the one that it gets, and its process would go on training, unseen.
+    A second SIGTERM or SIGINT ends the process at once. SIGHUP stays ignored where it was (nohup). The end of
+    the launcher counts as a SIGTERM: accelerate launch (1.15.0) does not pass on the one that it gets, and its
+    process would go on training, unseen.
 
     A signal that comes to one process is only noted until all processes `agree`: one that acted on it alone
     would leave the others waiting.
@@ -37,8 +43,9 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
             for number in (*STOPPING, CHECKPOINTING):
-                if number is not None:
-                    self._before[number] = signal.signal(number, self._note)
+                if number is None or number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -48,6 +55,11 @@ class Interruption:
     def _note(self, number, frame) -> None:
         if number == CHECKPOINTING:
             self._wants_checkpoint = True
+        elif number == HANGUP:  # it may come twice, from the kernel and from the shell
+            self._noted = self._noted or number
+            for stream in (sys.stdout, sys.stderr):
+                if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # the terminal, which is there no longer
+                    nobody_reads(stream)
         elif self._noted:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -2,17 +2,19 @@
 
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
-from ..common.files import files_written_whole
 from ..common.settings import RunSettings
 from ..data.corpora import AnyCorpus
-from .checkpoints import Progress, load_checkpoint, prune, save_checkpoint, save_model
+from .best_model import Show, find_repair, repair_best, replace_best, show_best, show_nothing
+from .checkpoints import Progress, load_checkpoint, prune, save_checkpoint
 from .hardware import settle
 from .interruption import Interruption
 from .objectives import Objective
@@ -29,20 +31,26 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
     objective: Objective,
+    base: Mapping[str, str] = MappingProxyType({}),
+    show: Show = show_nothing,
 ) -> Progress:
     """Train the model and leave a run folder with the best of it, by validation loss.
 
     Args:
         settings: resolved, so that they say what the run will do.
         corpus: what run.yaml says of the text.
+        base: digests of the weights that an adapter is trained on, which must stay the same.
+        show: writes card, loss curve and samples whenever the model at the top of the folder changes.
 
     Raises:
         UserError: settings, corpus, folder and hardware do not fit together, or the loss was not finite.
-        SystemExit: 128 + the signal's number, after SIGTERM or SIGINT, once a checkpoint is written.
+        SystemExit: 128 + the signal's number, after SIGTERM, SIGINT or SIGHUP, once a checkpoint is written.
     """
     rate_factor = make_schedule(settings)
-    identity = identity_of(settings, corpus, tokenizer, model, objective.tokens_per_step)
+    folder = Path(settings.output_dir)
+    identity = identity_of(settings, corpus, tokenizer, model, objective.tokens_per_step, base)
     progress, checkpoint = find_start(accelerator, settings, identity)
+    repair = find_repair(folder, checkpoint, progress) if checkpoint is not None else None
 
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     optimizers = [optimizer.optimizer for optimizer in optimizers] if not settings.fp16 else optimizers
@@ -52,19 +60,34 @@ def train(
             accelerator.scaler.load_state_dict(progress.scaler)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if accelerator.is_main_process:
-        open_run_folder(settings, corpus, tokenizer, identity, fresh=checkpoint is None)
+        changes = open_run_folder(settings, corpus, tokenizer, identity, progress, checkpoint)
+        say(accelerator, *changes)
     accelerator.wait_for_everyone()
     take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor)
     log = RunLog(accelerator, settings, objective.tokens_per_step, progress)
+    if repair is not None and accelerator.is_main_process:
+        say(accelerator, *repair_best(repair, progress, folder, show))
 
     def evaluate() -> dict[str, float]:
-        return keep_if_best(accelerator, settings, tokenizer, model, objective, progress)
+        return evaluate_and_note(settings, model, objective, progress)
+
+    def keep_best() -> None:
+        replace_best(accelerator, model, tokenizer, progress, folder, show)
+        log.restart_clock()
+
+    def save() -> None:
+        log.sync(progress)
+        write_checkpoint(accelerator, settings, model, optimizers, tokenizer, progress)
+        log.restart_clock()
 
     patience = settings.early_stopping_patience or float("inf")
     ended = progress.step >= settings.max_steps or progress.evaluations_since_best >= patience
     with Interruption(settings.max_minutes) as interruption:
         if settings.eval_on_start and progress.step == 0 or ended and progress.best_loss is None:
             log.write(progress.step, **evaluate())
+            keep_best()
+            if ended:
+                save()
         model.train()
         while not ended:
             log.add(*take_step(progress.step))
@@ -82,12 +105,13 @@ def train(
             if log_due or evaluation_due:
                 log.write(step, **measured, **(evaluate() if evaluation_due else {}))
                 ended |= progress.evaluations_since_best >= patience
+            if progress.best_step == step or save_due and progress.best_step is None:
+                keep_best()
             if save_due or ended:
-                progress.elapsed_s = log.elapsed_s
-                log.sync()
-                write_checkpoint(accelerator, settings, model, optimizers, tokenizer, progress)
-                log.restart_clock()
+                save()
             if interruption.signal:
+                if accelerator.is_main_process:
+                    show_best(folder, show)
                 break
             if interruption.checkpoint:
                 interruption.checkpoint = False
@@ -120,24 +144,18 @@ def say_how_it_ended(
         )
 
 
-def keep_if_best(
-    accelerator: Accelerator,
-    settings: RunSettings,
-    tokenizer: PreTrainedTokenizerFast,
-    model: nn.Module,
-    objective: Objective,
-    progress: Progress,
+def evaluate_and_note(
+    settings: RunSettings, model: nn.Module, objective: Objective, progress: Progress
 ) -> dict[str, float]:
-    """Evaluate the whole validation split; the best model so far goes to the top of the run folder.
+    """Evaluate the whole validation split, and note in `progress` whether that was the best so far.
 
     Raises:
         UserError: the loss was not finite.
     """
     split = objective.evaluate(model)
     if not math.isfinite(split.loss):
-        raise UserError(not_finite("validation loss", progress.step))
-    if note_evaluation(progress, split.loss):
-        save_best(accelerator, model, tokenizer, Path(settings.output_dir))
+        raise UserError(not_finite("validation loss", progress.step, settings.output_dir))
+    note_evaluation(progress, split.loss)
     return {"eval_loss": split.loss, "eval_bits_per_char": split.bits_per_char}
 
 
@@ -155,13 +173,3 @@ def write_checkpoint(
     save_checkpoint(accelerator, model, optimizers, tokenizer, progress, newest)
     if accelerator.is_main_process:
         prune(newest, settings.save_total_limit)
-
-
-def save_best(
-    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> None:
-    """Replace the model at the top of the run folder."""
-    if not accelerator.is_main_process:
-        return save_model(accelerator, model, tokenizer, folder)
-    with files_written_whole(folder) as staging:
-        save_model(accelerator, model, tokenizer, staging)

@@ -15,11 +15,9 @@ load_in_4bit and load_in_8bit save more.
 import importlib.util
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -32,7 +30,6 @@ from ..common.text import first_line, nearest, without_home
 from ..model.bases import local_checkpoint
 from ..model.conversion import as_native
 from ..model.loading import find_file, load_causal_lm, load_native, put_on_base, suppress_padding
-from .run_folder import base_sha256
 
 # A short name of --target_modules -> what the path of a projection has in it, in all families.
 SHORT_NAMES = {"attention": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward"), "all": ("",)}
@@ -60,7 +57,9 @@ def load_base(name: str, whole: bool = False, **options: Any) -> PreTrainedModel
     except OSError as error:
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}.") from error
     kind = (config.get("architectures") or [""])[0]
-    if config.get("model_type") in ("gpt2", "nanogpt") and ("For" not in kind or kind.endswith("ForCausalLM")):
+    if config.get("model_type") in ("gpt2", "nanogpt") and (
+        "For" not in kind or kind.endswith("ForCausalLM")
+    ):
         return load_native(folder, dtype=torch.float32, **options)
     dropouts = {key: options.pop(key) for key in [*options] if key.endswith("_pdrop")}
     model = load_causal_lm(folder, torch.float32, **options)
@@ -172,7 +171,9 @@ def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, new_tokens
         target_modules=targets,
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in adapted),  # it holds its weight transposed
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) for module in adapted
+        ),  # it holds its weight transposed
         trainable_token_indices={named[module]: new_tokens for module in embeddings} if new_tokens else None,
     )
     with warnings.catch_warnings():
@@ -239,25 +240,7 @@ def load_merged(folder: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedT
     Raises:
         UserError: the adapter or its base cannot be read, or it is another base than it was trained on.
     """
-    folder = Path(folder)
-
-    def load(base: str) -> PreTrainedModel:
-        model = load_base(base)
-        check_base(folder, base, model)
-        return model
-
-    adapted, tokenizer = put_on_base(str(folder), load)
+    adapted, tokenizer = put_on_base(str(folder), load_base)
     model = adapted.merge_and_unload()
     suppress_padding(tokenizer, model)
     return model.eval(), tokenizer
-
-
-def check_base(folder: Path, base: str, model: PreTrainedModel) -> None:
-    """Raises UserError when the run.yaml beside an adapter says that its base had other weights."""
-    try:
-        identity = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["record"]["identity"]
-        exact = not (identity["load_in_4bit"] or identity["load_in_8bit"])
-        if exact and identity["base"] != base_sha256(model):
-            raise UserError(f"it was trained on another base, {base} has other weights now")
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
-        pass  # an adapter from elsewhere

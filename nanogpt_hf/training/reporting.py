@@ -1,12 +1,18 @@
 """What a run says: the progress bar, metrics.jsonl, trackers, the loss curve and run.yaml."""
 
+import errno
+import hashlib
 import json
 import math
+import os
 import platform
+import shutil
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import yaml
@@ -20,17 +26,28 @@ from ..common.errors import UserError
 from ..common.files import files_written_whole, sync
 from ..common.settings import RunSettings, public_values
 from ..common.text import printable
-from .checkpoints import Progress
+from .checkpoints import Progress, list_checkpoints, step_of
 
 LIBRARIES = "torch transformers tokenizers datasets accelerate peft safetensors huggingface_hub".split()
 
 
 def say(accelerator: Accelerator, *lines: str) -> None:
-    """Print from the first process, above the progress bar if there is one."""
+    """Print from the first process, above the progress bar if there is one. Where nobody reads any more, go on."""
     if accelerator.is_main_process:
-        for line in lines:
-            tqdm.write(printable(line), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            for line in lines:
+                tqdm.write(printable(line), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nobody_reads(sys.stdout)
+
+
+def nobody_reads(stream: TextIO) -> None:
+    """What is written into the stream from now on goes nowhere."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def library_versions() -> dict[str, str]:
@@ -62,25 +79,58 @@ def write_yaml(folder: Path, settings: dict, record: dict) -> None:
         (staging / "run.yaml").write_text(text, encoding="utf-8")
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a line cut short by a crash is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                break
-            rows.append(row)
-    return rows
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, without those that cannot be read."""
+    return [row for line in _read_lines(path) if (row := _as_row(line)) is not None]
 
 
-def not_finite(what: str, step: int) -> str:
+def _read_lines(path: Path) -> list[str]:
+    """The lines of a metrics.jsonl, without a last one that was cut short by a crash."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return text.split("\n")[:-1]
+
+
+def _as_row(line: str) -> dict[str, float] | None:
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            if all(type(value) in (int, float) for value in row.values()):
+                return row
+    return None
+
+
+def take_up_metrics(path: Path, progress: Progress) -> tuple[str, str | None]:
+    """Drop the lines of metrics.jsonl of later steps than a run goes on from, which will be written again.
+
+    Returns:
+        What is left, and what is wrong with it in one sentence, or None. The damaged file is kept under another name.
+    """
+    rows = [(line, _as_row(line)) for line in _read_lines(path)]
+    kept = "".join(f"{line}\n" for line, row in rows if row is not None and row["step"] <= progress.step)
+    unreadable = sum(row is None for _, row in rows)
+    damaged = unreadable > 0 or progress.metrics_sha256 not in (None, text_sha256(kept))
+    aside = f"metrics.damaged-{len([*path.parent.glob('metrics.damaged-*')]) + 1}.jsonl"
+    with files_written_whole(path.parent) as staging:
+        (staging / path.name).write_text(kept, encoding="utf-8")
+        if damaged and path.exists():
+            shutil.copy(path, staging / aside)
+    if not damaged:
+        return kept, None
+    cannot = f", {unreadable} of its lines cannot be read" if unreadable else ""
+    where = f"; it is kept as {aside}" if (path.parent / aside).exists() else ""
+    return kept, f"{path} is not what the run had written until step {progress.step}{cannot}{where}."
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def not_finite(what: str, step: int, folder: str) -> str:
+    """The sentence that ends a run whose numbers are no longer finite."""
+    saved = list_checkpoints(Path(folder) / "checkpoints")
     return (
         f"the {what} was not finite at step {step}: try half the learning rate, more --warmup_steps, or without "
-        "--fp16; the checkpoints before it are good."
+        f"--fp16; {f'the checkpoints up to step {step_of(saved[-1])} are good' if saved else 'nothing was saved'}."
     )
 
 
@@ -111,9 +161,9 @@ class RunLog:
         self.started = time.perf_counter() - progress.elapsed_s
         self.interval_start, self.interval_steps = time.perf_counter(), 0
         if accelerator.is_main_process:
-            kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= progress.step]
-            with files_written_whole(self.path.parent) as staging:
-                (staging / self.path.name).write_text("".join(kept), encoding="utf-8")
+            kept, damage = take_up_metrics(self.path, progress)
+            self.digest = hashlib.sha256(kept.encode())
+            say(accelerator, *([f"warning: {damage}"] if damage else []))
         self.bar = tqdm(
             total=settings.max_steps,
             initial=progress.step,
@@ -168,7 +218,7 @@ class RunLog:
         for number, (loss, grad_norm) in enumerate(values):
             if not math.isfinite(loss) or not math.isfinite(grad_norm) and self.accelerator.scaler is None:
                 what = "loss" if not math.isfinite(loss) else "gradient"
-                raise UserError(not_finite(what, first + number))
+                raise UserError(not_finite(what, first + number, self.settings.output_dir))
         loss, grad_norm = values[-1]
         return {
             "train_loss": loss,
@@ -188,9 +238,11 @@ class RunLog:
         self.restart_clock()
         if not self.accelerator.is_main_process:
             return
+        line = json.dumps(row) + "\n"
+        self.digest.update(line.encode())
         # Closed each time: a full disk is met here and not at exit.
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(line)
         self.shown |= values
         labels = {"train_loss": "loss {:.3f}", "eval_loss": "val {:.3f}", "tokens_per_s": "{:,.0f} tok/s"}
         shown = ", ".join(
@@ -202,9 +254,11 @@ class RunLog:
         if self.trackers:
             self._tracked(lambda: self.accelerator.log(values, step=step))
 
-    def sync(self) -> None:
+    def sync(self, progress: Progress) -> None:
         """Put the lines on the disk, so that a checkpoint written after them never survives without them."""
+        progress.elapsed_s = self.elapsed_s
         if self.accelerator.is_main_process:
+            progress.metrics_sha256 = self.digest.hexdigest()
             sync(self.path)
 
     def restart_clock(self) -> None:
@@ -246,5 +300,4 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
     axes.set(title=title, xlabel="step", ylabel="loss, nats a token")
     axes.legend()
     axes.grid(alpha=0.3)
-    with files_written_whole(path.parent) as staging:
-        figure.savefig(staging / path.name, dpi=120)
+    figure.savefig(path, dpi=120)

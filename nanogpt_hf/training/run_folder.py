@@ -3,30 +3,39 @@
 import hashlib
 import json
 import math
+import os
+import re
 import shlex
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
-from ..common.files import delete, delete_left_overs
-from ..common.settings import FinetuningSettings, RunSettings, public_values
-from ..common.text import without_home
+from ..common.files import MANIFEST, UNFINISHED, delete, delete_left_overs, one_writer
+from ..common.recipes import command, recipes
+from ..common.settings import OF_A_START, FinetuningSettings, RunSettings, public_values
+from ..common.text import printable, readable, without_home
 from ..data.corpora import Corpus
 from ..model import NanoGPTConfig
 from ..model.bases import describe_base
 from .checkpoints import Progress, damage, newest_good, read_progress
-from .reporting import library_versions, say, write_yaml
+from .reporting import library_versions, say, text_sha256, write_yaml
 
 # What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
 MADE_BY_A_RUN = (
     "checkpoints trackers wandb README.md metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
     "model.safetensors adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json "
-    "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py samples_before.txt merged"
+    "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py samples_before.txt merged progress.json "
+    f"{MANIFEST}"
 ).split()
+PATHS = ("corpus", "validation_file", "tokenizer", "model_name_or_path", "config", *OF_A_START)
 
 
 SHAPE = (
@@ -45,15 +54,19 @@ def identity_of(
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
     tokens_per_step: int,
+    base: Mapping[str, str],
 ) -> dict:
-    """What must be the same for a run to go on as the same run."""
+    """What must be the same for a run to go on as the same run.
+
+    Args:
+        base: digests of the weights that an adapter is trained on.
+    """
     config, grouped, adaptation = model.config, {}, {}
     if isinstance(config, NanoGPTConfig):
         usual = {"n_kv_head": config.n_head, "head_dim": config.n_embd // config.n_head}
         grouped = {name: getattr(config, name) for name in usual if getattr(config, name) != usual[name]}
     if isinstance(settings, FinetuningSettings):
         adaptation = {name: getattr(settings, name) for name in ADAPTATION}
-        adaptation |= {} if settings.full else {"base": base_sha256(model)}
     return {
         "corpus": corpus.sha256,
         "validation_split_percentage": settings.validation_split_percentage,
@@ -65,21 +78,8 @@ def identity_of(
         "tokens_per_step": tokens_per_step,
         "document_end": settings.document_end,
         **adaptation,
+        **base,
     }
-
-
-def base_sha256(model: PreTrainedModel) -> str:
-    """SHA-256 of a base's weights, the same with an adapter on it and without.
-
-    The embeddings are left out: --extend_vocabulary changes their size.
-    """
-    digest = hashlib.sha256()
-    embeddings = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module]
-    left_out = {id(parameter) for module in embeddings for parameter in module.parameters()}
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name and id(parameter) not in left_out:
-            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def find_start(
@@ -109,10 +109,11 @@ def find_start(
             f"--output_dir {folder} cannot be read ({error.strerror}): give another folder."
         ) from error
     progress = read_progress(checkpoint)
+    # What an earlier version did not note is not known to be another.
     changed = [
-        f"{key} was {_short(progress.identity.get(key))} and is now {_short(value)}"
+        f"{key} was {_short(progress.identity[key])} and is now {_short(value)}"
         for key, value in identity.items()
-        if progress.identity.get(key) != value
+        if progress.identity.get(key, value) != value
     ]
     if changed:
         raise UserError(
@@ -123,10 +124,8 @@ def find_start(
         raise UserError(
             f"{checkpoint} is at step {progress.step}, past --max_steps {settings.max_steps}: give more --max_steps."
         )
-    if not any((folder / name).exists() for name in ("model.safetensors", "adapter_model.safetensors")):
-        progress.best_loss = progress.best_step = (
-            None  # the next evaluation's model is the best that there is
-        )
+    if not used:
+        progress.metrics_sha256 = text_sha256("")  # they begin anew
     return progress, checkpoint
 
 
@@ -142,6 +141,26 @@ def batch_advice(accelerator: Accelerator, before: dict, now: dict) -> str:
         "; --per_device_train_batch_size times --gradient_accumulation_steps must be "
         f"{sequences // processes} on {processes} process{'es' * (processes > 1)}"
     )
+
+
+@contextmanager
+def alone_in(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """A context in which no other run writes into the folder. The first process holds it for all.
+
+    Raises:
+        UserError: another one does, or the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        refusal = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(one_writer(folder))
+            except UserError as error:
+                refusal = error
+        refused = torch.tensor(int(refusal is not None), device=accelerator.device)
+        if accelerator.reduce(refused, reduction="sum").item():
+            raise refusal or UserError(f"{folder} cannot be used, as the first process says.")
+        yield
 
 
 def check_agreement(accelerator: Accelerator, identity: dict) -> None:
@@ -173,7 +192,7 @@ def check_folder(folder: Path, overwrite: bool) -> bool:
             f"--output_dir {folder} holds {made[0]} but no run.yaml, so no run has made it: it is not overwritten, "
             "choose another folder."
         )
-    return folder.exists() and any(folder.iterdir())
+    return folder.exists() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
 
 
 def check_base_stays(base: Path, folder: Path) -> None:
@@ -224,20 +243,31 @@ def open_run_folder(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerFast,
     identity: dict,
-    fresh: bool,
-) -> None:
+    progress: Progress,
+    checkpoint: Path | None,
+) -> list[str]:
     """Make the folder, emptied of an earlier run if that was asked for, and write run.yaml into it.
+
+    Args:
+        progress: where the run begins; takes up its settings from there on.
+        checkpoint: what it goes on from.
+
+    Returns:
+        A line for each setting that a run that goes on has changed.
 
     Raises:
         UserError: it cannot be made or written.
     """
     folder = Path(settings.output_dir)
     try:
-        if fresh and settings.overwrite_output_dir:
+        if checkpoint is None and settings.overwrite_output_dir:
             for name in MADE_BY_A_RUN:
                 delete(folder / name)
-        delete_left_overs(folder / "checkpoints")  # a run that has nothing more to write would leave them
+        _delete_left_overs(folder)
         values = public_values(settings) | {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+        earlier = None if checkpoint is None else _read_run_yaml(checkpoint.resolve().parents[1] / "run.yaml")
+        changed = _changes(progress.settings or earlier or {}, values)
+        progress.settings = {name: value for name, value in values.items() if name not in OF_A_START}
         record = {
             "corpus": {
                 "name": without_home(corpus.name),
@@ -249,7 +279,7 @@ def open_run_folder(
                 "characters": corpus.characters("train") + corpus.characters("validation"),
             },
             **({"base": describe_base(base)} if (base := settings.model_name_or_path) else {}),
-            "command": command_line(),
+            **_commands(earlier, progress.step, changed),
             "identity": identity,
             "tokenizer_tokens": len(tokenizer),
             "versions": library_versions(),
@@ -259,16 +289,88 @@ def open_run_folder(
         raise UserError(
             f"--output_dir {folder} cannot be written ({error.strerror}): give another folder."
         ) from error
+    return [f"changed    {name} from {old} to {new}" for name, (old, new) in changed.items()]
+
+
+def _delete_left_overs(folder: Path) -> None:
+    """What earlier processes of this run have left, of earlier versions too; this one writes alone here."""
+    for place in (folder, folder / "checkpoints"):
+        delete_left_overs(place)
+        for path in place.glob(".unfinished-*"):
+            if re.fullmatch(r"\.unfinished-(step-)?\d+", path.name):
+                delete(path)
+
+
+def _read_run_yaml(path: Path) -> dict:
+    """What is in a run.yaml, nothing where it cannot be read."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _changes(earlier: dict, values: dict[str, Any]) -> dict[str, list]:
+    """The settings that are no longer what they were, each with its value before and now."""
+    return {
+        name: [earlier[name], value]
+        for name, value in values.items()
+        if name not in OF_A_START and earlier.get(name, value) != value
+    }
+
+
+def _commands(earlier: dict | None, step: int, changed: dict[str, list]) -> dict[str, Any]:
+    """The command that the run began with, and those that it went on with: from which step, and what they changed.
+
+    Args:
+        earlier: what was in run.yaml; None for a run that begins.
+    """
+    this = command_line()
+    if earlier is None:
+        return {"command": this}
+    record = earlier.get("record")
+    record = record if isinstance(record, dict) else {}
+    history = record.get("history")
+    before = [
+        entry
+        for entry in (history if isinstance(history, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= step
+    ]
+    return {
+        "command": record.get("command"),
+        "history": [*before, {"step": step, "command": this, "changed": changed}],
+    }
 
 
 def command_line() -> str | None:
-    """The command of this process as it may be shown, if it is one of the recipes: no path of the user's home."""
+    """The command of this process as it may be shown, if it is one of the recipes: how it was launched, and names
+    instead of paths that only this machine has."""
     script, *words = sys.argv
-    if Path(script).resolve().parent.name != "recipes":
+    name = Path(script).stem
+    if name not in recipes() or recipes()[name].resolve() != Path(script).resolve():
         return None
-    parts = [word.partition("=") for word in words]
-    words = [without_home(name) + equals + without_home(value) for name, equals, value in parts]
-    return shlex.join(["accelerate", "launch", f"recipes/{Path(script).name}", *words])
+    start, processes = command(name), os.environ.get("WORLD_SIZE", "1")
+    launcher = None
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        launcher = "accelerate launch" + (f" --num_processes {processes}" if processes != "1" else "")
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = f"torchrun --nproc_per_node {processes}"
+    if launcher:
+        start = re.sub("^python", launcher, re.sub("^nanogpt ", f"{launcher} -m nanogpt_hf ", start))
+    return f"{start} {shlex.join(_without_paths(words))}".strip()
+
+
+def _without_paths(words: list[str]) -> list[str]:
+    """A command line whose paths from the root, the home or above are their last parts."""
+    shown, setting = [], ""
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        setting = flag.removeprefix("--").replace("-", "_") or setting
+        value = printable(readable(value))
+        if setting in PATHS and (os.path.isabs(value) or value.startswith(("~", os.pardir))):
+            value = os.path.basename(value.rstrip("/\\"))
+        shown.append(flag + equals + value.replace(os.path.expanduser("~"), "~"))
+    return shown
 
 
 def note_evaluation(progress: Progress, loss: float) -> bool:

@@ -1,0 +1,80 @@
+"""What a person looks at of a model: its card, the loss curve of its run, and what it writes."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ..common.errors import UserError
+from ..common.files import written_if_possible
+from ..common.settings import RunSettings
+from ..common.text import first_line, printable
+from ..data.corpora import AnyCorpus
+from ..generation.text import generate_text
+from ..model.loading import load_model_and_tokenizer
+from ..sharing.model_card import make_card
+from ..training.reporting import draw_loss_curve, read_metrics, say
+
+SMALL = 2**28  # bytes of weights, of which a second model surely fits beside the one that trains
+SHARE_OF_TIME = 0.015
+
+
+class Showing:
+    """Writes card, loss curve and samples of a model: what a person looks at.
+
+    None of them may cost a run anything: what fails is left out with a sentence, and while a run goes on samples are
+    left out where all this has taken SHARE_OF_TIME of its time already, or the model is so large that a second one
+    might not fit beside it.
+    """
+
+    def __init__(self, accelerator: Accelerator, settings: RunSettings, corpus: AnyCorpus):
+        self.accelerator, self.settings = accelerator, settings
+        self.run = Path(settings.output_dir)
+        source = settings.model_name_or_path or settings.tokenizer
+        self.title = f"{Path(corpus.name).name}, {Path(source).name}"  # without folders of this machine
+        self.started, self.spent, self.ended = time.perf_counter(), 0.0, False
+
+    def __call__(self, model: Path, target: Path) -> None:
+        """Write what shows the model in one folder into another."""
+        begun = time.perf_counter()
+        if (model / "samples.txt").exists():
+            shutil.copy(model / "samples.txt", target)
+        elif self.ended or self._is_cheap(model):
+            self._write(target / "samples.txt", lambda path: path.write_text(self._sample(model), "utf-8"))
+        rows = read_metrics(self.run / "metrics.jsonl")
+        self._write(target / "loss_curve.png", lambda path: draw_loss_curve(path, rows, self.title))
+        self._write(target / "README.md", lambda path: make_card(self.run, model, shown=target).save(path))
+        self.spent += time.perf_counter() - begun
+
+    def _is_cheap(self, model: Path) -> bool:
+        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        return size <= SMALL and self.spent <= SHARE_OF_TIME * (time.perf_counter() - self.started)
+
+    def _sample(self, folder: Path) -> str:
+        # Whole, where the one that trains may be sharded.
+        model, tokenizer = load_model_and_tokenizer(str(folder), to_write=True)
+        return sample(model.to(self.accelerator.device), tokenizer, self.settings.seed)
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        written_if_possible(path, write, tell=lambda line: say(self.accelerator, line))
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
+    samples = generate_text(
+        model, tokenizer, "\n", num_return_sequences=3, max_new_tokens=500, temperature=0.8, seed=seed
+    )
+    return printable("\n\n---\n\n".join(sample.strip() for sample in samples) + "\n")
+
+
+def sample_base(accelerator: Accelerator, settings: RunSettings) -> str | None:
+    """What the base writes without training, if it can still be had."""
+    base = settings.model_name_or_path
+    try:
+        model, tokenizer = load_model_and_tokenizer(base, to_write=True)
+        return sample(model.to(accelerator.device), tokenizer, settings.seed)
+    except UserError as error:
+        say(accelerator, f"warning: no samples of the base, {first_line(error)}.")
+        return None
