@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -13,9 +14,12 @@ from ..model.bases import local_checkpoint
 from ..model.loading import base_sha256, check_vocabulary, context_length
 from ..training.checkpoints import Progress
 from ..training.hardware import device_type
+from ..training.loop import train
 from ..training.lora import add_adapter, describe_trained, extend_embedding, load_base, quantization
+from ..training.run_folder import alone_in
 from .pretraining import settle_generation
-from .run import describe, language_modeling, make_ready, resolve, start, train_and_finish
+from .run import describe, finish, language_modeling, make_ready, resolve, start
+from .showing import Showing
 
 LONGEST_CONTEXT = 1024  # tokens, unless more is asked for: bases of today see tens of thousands
 
@@ -34,7 +38,11 @@ def finetune(settings: FinetuningSettings) -> Progress:
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
     describe(accelerator, settings, corpus, tokenizer, model, lines)
-    return train_and_finish(accelerator, settings, corpus, tokenizer, model, objective, base)
+    show = Showing(accelerator, settings, corpus)
+    with alone_in(accelerator, Path(settings.output_dir)):
+        progress = train(accelerator, settings, corpus, tokenizer, model, objective, show, base)
+        finish(accelerator, settings, corpus, progress, show)
+    return progress
 
 
 def check_that_others_can_load(settings: FinetuningSettings) -> None:

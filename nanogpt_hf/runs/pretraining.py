@@ -1,6 +1,7 @@
 """Pretraining: a tokenizer and a new model, or one that goes on, and the way of every run."""
 
 import math
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -11,7 +12,10 @@ from ..model import NanoGPTForCausalLM
 from ..model.bases import local_checkpoint
 from ..model.loading import check_vocabulary, context_length, load_native, make_config, suppress_padding
 from ..training.checkpoints import Progress
-from .run import describe, language_modeling, make_ready, resolve, start, train_and_finish
+from ..training.loop import train
+from ..training.run_folder import alone_in
+from .run import describe, finish, language_modeling, make_ready, resolve, start
+from .showing import Showing
 
 SIZES = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner n_positions".split()
 
@@ -28,7 +32,11 @@ def pretrain(settings: TrainingSettings) -> Progress:
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
     describe(accelerator, settings, corpus, tokenizer, model)
-    return train_and_finish(accelerator, settings, corpus, tokenizer, model, objective)
+    show = Showing(accelerator, settings, corpus)
+    with alone_in(accelerator, Path(settings.output_dir)):
+        progress = train(accelerator, settings, corpus, tokenizer, model, objective, show)
+        finish(accelerator, settings, corpus, progress, show)
+    return progress
 
 
 def make_tokenizer_and_model(

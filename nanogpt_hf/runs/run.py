@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -26,10 +25,8 @@ from ..training.best_model import show_best
 from ..training.checkpoints import Progress
 from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
-from ..training.loop import train
-from ..training.objectives import LanguageModeling, Objective
+from ..training.objectives import LanguageModeling
 from ..training.reporting import check_trackers, read_metrics, say
-from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
 from .showing import Showing, sample_base
 
@@ -186,27 +183,6 @@ def memory_words(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return []
     return [f"peak memory     {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"]
-
-
-def train_and_finish(
-    accelerator: Accelerator,
-    settings: RunSettings,
-    corpus: AnyCorpus,
-    tokenizer: PreTrainedTokenizerFast,
-    model: PreTrainedModel,
-    objective: Objective,
-    base: Mapping[str, str] = MappingProxyType({}),
-) -> Progress:
-    """The run itself, alone in its folder; arguments as of `train`.
-
-    Raises:
-        UserError: as `train`, or another process is writing into the folder.
-    """
-    show = Showing(accelerator, settings, corpus)
-    with alone_in(accelerator, Path(settings.output_dir)):
-        progress = train(accelerator, settings, corpus, tokenizer, model, objective, base, show)
-        finish(accelerator, settings, corpus, progress, show)
-    return progress
 
 
 def finish(
