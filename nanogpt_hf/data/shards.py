@@ -40,9 +40,12 @@ def width_of(vocab_size: int) -> np.dtype:
 def is_shards(folder: str) -> bool:
     """Whether there are shards in the folder, finished or not."""
     for name in (INDEX, PROGRESS):
-        with suppress(OSError, ValueError), (Path(os.path.expanduser(folder)) / name).open("rb") as file:
-            if FORMAT.encode() in file.read(200):
-                return True
+        path = Path(os.path.expanduser(folder), name)
+        with suppress(OSError, ValueError):
+            if path.is_file():  # and no pipe, which may never end
+                with path.open("rb") as file:
+                    if FORMAT.encode() in file.read(200):
+                        return True
     return False
 
 

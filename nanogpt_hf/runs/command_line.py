@@ -10,7 +10,7 @@ from ..common.cli import Values, parse, read_yaml
 from ..common.errors import UserError
 from ..common.paths import check_model_name
 from ..common.settings import RunSettings
-from ..data.readers import check_corpus
+from ..data.sources import check_corpus
 
 R = TypeVar("R", bound=RunSettings)
 
