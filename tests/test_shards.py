@@ -21,8 +21,8 @@ from processes import Run, digests, finished, metrics, train_here, training_word
 from nanogpt_hf.data import preparation
 from nanogpt_hf.data.corpora import load_corpus
 from nanogpt_hf.data.preparation import prepare, stretches
-from nanogpt_hf.data.readers import open_source
 from nanogpt_hf.data.shards import open_shards, width_of
+from nanogpt_hf.data.sources import open_source
 from nanogpt_hf.data.token_stream import MappedIds, TokenStream
 from nanogpt_hf.data.tokenization import encode, encode_documents, load_tokenizer
 from recipes.pretrain import defaults
@@ -106,7 +106,7 @@ def test_a_long_text_is_held_out_in_stretches(tmp_path):
     text = "\n".join(documents(6000))
     (tmp_path / "text.txt").write_bytes(text.encode())
     prepare(str(tmp_path / "text.txt"), TOKENIZER, str(tmp_path / "shards"), validation_split_percentage=25)
-    all_units = list(preparation.units(open_source(str(tmp_path / "text.txt")), False, period=4))
+    all_units = list(preparation.units(open_source(str(tmp_path / "text.txt")), False, 25))
     assert "".join(unit.text for unit in all_units) == text and len(all_units) > 8
     for start in range(0, len(all_units) - 3, 4):
         assert [unit.split for unit in all_units[start : start + 4]].count("validation") == 1
@@ -181,16 +181,16 @@ def test_several_processes_make_the_same_bytes(corpus, shards, tmp_path, monkeyp
 def unfinished(corpus: Path, folder: Path, monkeypatch) -> None:
     """Shards that a process has left in the middle of its work."""
 
-    def dies(*args):
-        if args[2] > 40:
+    def dies(folder, about, state):
+        if state.units > 40:
             raise KeyboardInterrupt
-        return write(*args)
+        return commit(folder, about, state)
 
-    write = preparation.write_progress
+    commit = preparation.commit
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "TASK", 300)
         patch.setattr(preparation, "COMMIT_SECONDS", 0.0)
-        patch.setattr(preparation, "write_progress", dies)
+        patch.setattr(preparation, "commit", dies)
         with pytest.raises(KeyboardInterrupt):
             prepare(str(corpus), TOKENIZER, str(folder), shard_tokens=700)
 
