@@ -72,7 +72,9 @@ def test_rows_are_documents_exactly(tmp_path, kind, compressed):
     assert documents(path) == TEXTS
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a.rs", "Makefile", "a.c.gz", "a.txt.gz", "notes.v2"])
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.md", "a.py", "a.rs", "Makefile", "a.c.gz", "a.txt.gz", "notes.v2"]
+)
 def test_any_utf8_text_is_read_whatever_its_name(tmp_path, name):
     text = "def f(x):\n\treturn x\n" * 50_000 + "ё👩‍👩‍👧\x00z"[: 8 if name == "a.txt" else 4]
     content = text.encode()
@@ -86,8 +88,14 @@ def test_tables_with_semicolons_and_with_long_fields(tmp_path):
 
 
 def test_conversations_are_what_was_said(tmp_path):
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}, {"role": "user", "content": "Bye"}]
-    chat = write(tmp_path / "a.jsonl", json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[:1]}))
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "Bye"},
+    ]
+    chat = write(
+        tmp_path / "a.jsonl", json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[:1]})
+    )
     assert documents(chat) == ["Hi\n\nBye", "Hi"]
     assert documents(parquet(tmp_path / "a.parquet", talk=[turns]), "talk") == ["Hi\n\nBye"]
     corpus = load_corpus(str(chat), 20)
@@ -121,7 +129,11 @@ def test_utf8_with_a_bad_byte_is_not_called_another_encoding(tmp_path):
         ("a.txt", b"\xff\0\xff", "a.txt is not UTF-8 at byte 0, nor in an encoding that can be told"),
         ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "a.png is not UTF-8 at byte 0, nor in an encoding"),
         ("a.dat", b"\0\1\2", "a.dat is not text"),
-        ("a.epub", b"PK", "a.epub is not read as it is, convert it: pandoc .*a.epub -t plain -o .*a.epub.txt"),
+        (
+            "a.epub",
+            b"PK",
+            "a.epub is not read as it is, convert it: pandoc .*a.epub -t plain -o .*a.epub.txt",
+        ),
         ("a.html", b"<p>", "pandoc"),
         ("a.pdf", b"%PDF", "pdftotext"),
         ("a.json", b"[]", r"jq -c '.\[\]' .*a.json > .*a.jsonl"),
@@ -162,7 +174,9 @@ def test_what_may_never_end_is_not_opened(tmp_path):
     assert "pipe.txt is a pipe or a device" in refusal(tmp_path / "pipe.txt")
     (tmp_path / "zeros").symlink_to("/dev/zero")
     assert "zeros is a pipe or a device" in refusal(tmp_path / "zeros")
-    assert "holds no file that can be read; not read: pipe.txt (a pipe or a device)" in refusal(tmp_path / "p*")
+    assert "holds no file that can be read; not read: pipe.txt (a pipe or a device)" in refusal(
+        tmp_path / "p*"
+    )
     (tmp_path / "loop").symlink_to("loop")
     assert "is a link that leads nowhere" in refusal(tmp_path / "loop")
     (tmp_path / "index.json").unlink(missing_ok=True)
@@ -176,7 +190,12 @@ def test_what_may_never_end_is_not_opened(tmp_path):
 def test_a_folder_says_what_it_does_not_read(tmp_path):
     write(tmp_path / "a.py", "print('a')\n" * 9)
     write(tmp_path / "doc" / "b.md", "# b\n" * 9)
-    for name, content in {"c.epub": b"PK", "x/d.html": b"<p>", "e.png": b"\x89PNG\0", "f.pyc": b"\xcb\r\r\n\0"}.items():
+    for name, content in {
+        "c.epub": b"PK",
+        "x/d.html": b"<p>",
+        "e.png": b"\x89PNG\0",
+        "f.pyc": b"\xcb\r\r\n\0",
+    }.items():
         write(tmp_path / name, content)
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     corpus = load_corpus(str(tmp_path))

@@ -1,7 +1,6 @@
 """A corpus by name, path or Hub id, as train and validation text, checked by SHA-256, and what is said of it."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.text import without_home
-from .documents import END_OF_TEXT, documents_ended_by, split_at_the_end
-from .readers import kind_of
-from .shards import ShardedCorpus, is_shards, open_shards
-from .sources import Source, SpecialTokens, list_skipped, open_source
+from .documents import documents_ended_by, hold_out
+from .first_screen import line_on_special_tokens, lines_on_files, lines_on_text
+from .shards import is_shards, open_shards
+from .sources import Source, SpecialTokens, open_source
 from .token_stream import MappedIds
 from .tokenization import encode_documents, make_tokenizer, misfit, special_tokens_spelt
 
@@ -107,7 +106,7 @@ class Corpus:
         lines = []
         spelt = special_tokens_spelt(tokenizer, [*self.train, *self.validation])
         if spelt:
-            lines.append(_said_of(spelt, self.special_tokens))
+            lines.append(line_on_special_tokens(spelt, self.special_tokens))
         warning = misfit(tokenizer, self.ids("validation", tokenizer), self.characters("validation"))
         return lines + [f"warning: {warning}"] * bool(warning)
 
@@ -129,9 +128,9 @@ def load_corpus(
     each row of .jsonl, .csv, .tsv and .parquet; each of them also as .gz. A folder of shards is opened as it is.
 
     Args:
-        validation_split_percentage: of the characters at the end of each file, where nothing else says what is
-            held out: neither validation_file, nor files named train and validation (or test), nor such splits of a
-            dataset. 100 leaves nothing to train on.
+        validation_split_percentage: of the characters at the end of each file (of many files, whole ones), where
+            nothing else says what is held out: neither validation_file, nor files named train and validation (or
+            test), nor such splits of a dataset. 100 leaves nothing to train on.
         text_column: of the formats with rows.
         document_end: a regular expression, after every match of which a document ends; no character is lost, and
             the split is where it is without it.
@@ -180,13 +179,13 @@ def load_corpus(
         found.license,
         found.notice,
         _sha256(splits["validation"]) if found.split_is_new else None,
-        _reading(without_home(corpus), found, splits, percent),
+        _reading(without_home(corpus), found, splits),
         special_tokens_in_text == "tokens",
     )
 
 
 def _read(corpus: str, found: Source, percent: int) -> tuple[dict[str, list[str]], str]:
-    """The documents of both splits, and the SHA-256 of all.
+    """The documents of both splits, and the SHA-256 of all. What is held out is said in `found`.
 
     Raises:
         UserError: there is no text, or none for one of the splits.
@@ -203,7 +202,7 @@ def _read(corpus: str, found: Source, percent: int) -> tuple[dict[str, list[str]
     except UnicodeEncodeError as error:
         raise UserError(f"{corpus} holds half of a surrogate pair, which is not Unicode text.") from error
     if "validation" not in splits:
-        splits = split_at_the_end(files["train"], percent)
+        splits, found.held_out = hold_out(files["train"], percent)
     for name, texts in splits.items():
         if all(text.isspace() for text in texts) and not (name == "train" and percent == 100):
             raise UserError(
@@ -222,41 +221,7 @@ def _sha256(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _reading(name: str, found: Source, splits: dict[str, list[str]], percent: int) -> tuple[str, ...]:
+def _reading(name: str, found: Source, splits: dict[str, list[str]]) -> tuple[str, ...]:
     """What was read, as lines for the first screen."""
     characters = {split: sum(map(len, texts)) for split, texts in splits.items()}
-    kinds = Counter(kind_of(path) or "no suffix" for path in found.files)
-    files = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-    of_files = f" of {len(found.files):,} files ({files})" if len(found.files) > 1 else ""
-    each = "each file" if len(found.splits["train"]) > 1 else "the text"
-    held_out = found.held_out or (f"the last {percent}% of {each}" if percent < 100 else "all of it")
-    lines = [
-        f"corpus     {name}: {sum(characters.values()):,} characters{of_files}",
-        f"validation {characters['validation']:,} of these characters: {held_out}",
-    ]
-    seen = found.reading
-    if found.skipped:
-        lines.append(f"not read   {list_skipped(found.skipped)}")
-    if seen.conversations:
-        lines.append("documents  of conversations, what was said in them, without the roles")
-    if seen.marks:
-        lines.append(
-            f"documents  end at {seen.marks:,} lines {END_OF_TEXT}; --special_tokens_in_text text reads them as text"
-        )
-    if seen.carriage_returns:
-        lines.append(
-            f"newlines   {seen.carriage_returns:,} CRLF or CR are one newline each; --keep_carriage_returns keeps them"
-        )
-    return tuple(lines)
-
-
-def _said_of(spelt: Counter[str], as_tokens: bool) -> str:
-    """How the special tokens are read that a text spells."""
-    shown = ", ".join(f"{token} ({count:,})" for token, count in spelt.most_common(5))
-    more = f" and {len(spelt) - 5:,} more" if len(spelt) > 5 else ""
-    if as_tokens:
-        return f"special    the text spells {shown}{more}: each is the tokenizer's token"
-    return (
-        f"warning: the text spells special tokens of the tokenizer, {shown}{more}, and they are read as ordinary text; "
-        "--special_tokens_in_text tokens makes them the tokens."
-    )
+    return (*lines_on_files(name, found, characters), *lines_on_text(found.reading))

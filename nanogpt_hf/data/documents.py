@@ -10,6 +10,7 @@ from ..common.errors import UserError
 from .readers import Reading, Text
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's mark
+MANY_FILES = 10  # so many held out speak for all
 _MARK_ALONE = re.compile(rf"(?m)^{re.escape(END_OF_TEXT)}[ \t\r]*(?:\n|\Z)")
 _MARK_SIZE = len(END_OF_TEXT) + 8  # characters of a line that may yet become a mark with white space after it
 
@@ -75,6 +76,21 @@ def documents_ended_by(texts: Sequence[str], end: str) -> list[str]:
         cuts = [0, *(match.end() for match in pattern.finditer(text)), len(text)]
         documents += [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
     return documents
+
+
+def hold_out(files: Sequence[Sequence[str]], percent: int) -> tuple[dict[str, list[str]], str]:
+    """Some `percent` % of the documents of several files, spread over them, and in words which.
+
+    Of many files whole ones are held out, because a document that is cut ends where none does; of few the end of each.
+    """
+    if len(files) * percent < 100 * MANY_FILES or percent == 100:
+        each = "each file" if len(files) > 1 else "the text"
+        return split_at_the_end(files, percent), f"the last {percent}% of {each}" if percent < 100 else "all of it"
+    splits: dict[str, list[str]] = {"train": [], "validation": []}
+    for number, documents in enumerate(files):
+        is_next = (number + 1) * percent // 100 > number * percent // 100
+        splits["validation" if is_next else "train"] += documents
+    return splits, f"{len(files) * percent // 100:,} whole files, one of every {100 / percent:.3g}"
 
 
 def split_at_the_end(files: Sequence[Sequence[str]], percent: int) -> dict[str, list[str]]:

@@ -84,7 +84,9 @@ class Encoder:
         try:
             n_bytes = sum(len(text.encode()) for text in texts)
         except UnicodeEncodeError as error:
-            raise UserError("the corpus holds half of a surrogate pair, which is not Unicode text.") from error
+            raise UserError(
+                "the corpus holds half of a surrogate pair, which is not Unicode text."
+            ) from error
         if self.encode_text:
             ids = map(self.encode_text, texts)
         else:
@@ -136,9 +138,7 @@ def worker_pool(
     return ProcessPoolExecutor(num_proc, context, _start_worker, (tokenizer, dtype, special_tokens))
 
 
-def in_order(
-    pool: Executor, function: Callable[[A], R], arguments: Iterable[A], ahead: int
-) -> Iterator[R]:
+def in_order(pool: Executor, function: Callable[[A], R], arguments: Iterable[A], ahead: int) -> Iterator[R]:
     """`pool.map` that takes no more than `ahead` arguments before their results are asked for."""
     waiting: deque[Future[R]] = deque()
     for argument in arguments:
@@ -149,9 +149,7 @@ def in_order(
         yield waiting.popleft().result()
 
 
-def encode_tasks(
-    stream: Iterable[Task], folder: Path, encoder: Encoder, num_proc: int
-) -> Iterator[Encoded]:
+def encode_tasks(stream: Iterable[Task], folder: Path, encoder: Encoder, num_proc: int) -> Iterator[Encoded]:
     """The results of all tasks in order, from this process or from `num_proc` others.
 
     Raises:

@@ -6,7 +6,7 @@ The bytes are the same however often the work was interrupted, and whatever the 
 import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain, count, islice
 from math import ceil
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..common.errors import UserError
 from ..common.text import without_home
 from .documents import split_at_the_end
+from .first_screen import lines_on_files, lines_on_text
 from .named_corpora import NAMES
 from .parallel_encoding import Encoder, Task, Unit, encode_tasks
 from .shard_writing import AGAIN, SplitWriter, State, begin, commit, finish
@@ -115,16 +116,15 @@ def prepare(
     shard_tokens: int = 10**8,
     num_proc: int = 1,
     overwrite: bool = False,
-) -> tuple[dict[str, Any], Source]:
-    """Make the shards, or go on making them.
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Make the shards, or go on making them, and return their index.
 
     Args:
         tokenizer_name: a folder or a Hub id.
         num_proc: processes that tokenise.
-        overwrite: replace the shards in the folder. The other arguments are those of `load_corpus`.
-
-    Returns:
-        The index of the shards, and the corpus as far as it was read for them.
+        overwrite: replace the shards in the folder.
+        say: called with lines on what is read and how. The other arguments are those of `load_corpus`.
 
     Raises:
         UserError: the corpus, the tokenizer or the folder cannot be used, or the folder holds other shards.
@@ -153,11 +153,15 @@ def prepare(
         "vocab_size": len(tokenizer),
         "dtype": width_of(len(tokenizer)).str,
         "shard_tokens": shard_tokens,
-        "validation_split": "its own" if "validation" in source.splits else f"{validation_split_percentage:g}%",
+        "validation_split": "its own"
+        if "validation" in source.splits
+        else f"{validation_split_percentage:g}%",
         # None stands for what is usual, as it does in an index that does not name them.
         "validation_file": without_home(validation_file) if validation_file else None,
         "keep_carriage_returns": keep_carriage_returns or None,
-        "special_tokens_in_text": None if special_tokens_in_text == "document_ends" else special_tokens_in_text,
+        "special_tokens_in_text": None
+        if special_tokens_in_text == "document_ends"
+        else special_tokens_in_text,
     }
     encoder = Encoder(tokenizer, width_of(len(tokenizer)), special_tokens_in_text == "tokens")
     stream = units(source, encoder.encode_text is None, validation_split_percentage)
@@ -166,13 +170,21 @@ def prepare(
         raise UserError(f"{corpus} holds no text.")
     state = begin(folder, about, tokenizer, overwrite)
     if state is None:
-        return read_index(folder), source
+        say(f"shards     in {folder} since before, and whole")
+        return read_index(folder)
+    notice = [f"NOTE: {source.notice}"] if source.notice else []
+    source.held_out = source.held_out or f"{validation_split_percentage:g}% of all stretches of {UNIT:,} characters"
+    for line in [*notice, *lines_on_files(without_home(corpus), source)]:
+        say(line)
     index = _make(chain([first], stream), source, state, folder, about, encoder, num_proc)
-    return index, source
+    for line in lines_on_text(source.reading):
+        say(line)
+    return index
 
 
 def _keep_named_split(source: Source) -> None:
     """The last 10% of a named corpus, on which all comparisons are made, become its validation split."""
+    source.held_out = "the last 10% of the text"
     texts = ["".join(parts) for documents in source.splits["train"] for parts in documents]
     splits = split_at_the_end([texts], 10)
     source.splits = {name: [[[text] for text in documents]] for name, documents in splits.items()}
@@ -193,7 +205,9 @@ def _make(
         update(consumed, unit)
         done += 1
     if done < state.units or consumed.hexdigest() != state.consumed:
-        raise UserError(f"{about['corpus']['name']} is no longer the text that {folder} was begun on: {AGAIN}.")
+        raise UserError(
+            f"{about['corpus']['name']} is no longer the text that {folder} was begun on: {AGAIN}."
+        )
     writers = {
         split: SplitWriter(folder, split, encoder.dtype, shard_tokens, state.splits[split].tokens)
         for split in SPLITS

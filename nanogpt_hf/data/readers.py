@@ -203,7 +203,9 @@ def column_of(columns: Iterable[str], text_column: str, where: str) -> str:
         return text_column
     if text_column == "text" and CHAT in columns:
         return CHAT
-    raise UserError(f"{where} has no column {text_column!r}; set --text_column to one of: {', '.join(columns)}.")
+    raise UserError(
+        f"{where} has no column {text_column!r}; set --text_column to one of: {', '.join(columns)}."
+    )
 
 
 def texts(values: Iterable[object], text_column: str, where: str, reading: Reading) -> Iterator[Text]:
@@ -301,7 +303,9 @@ def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError:
     decoded = sample.decode(errors="replace")
     good = sum(character > "\x7f" for character in decoded) - decoded.count("\ufffd")
     if good > 10 * decoded.count("\ufffd"):
-        return UserError(f"{message}, but elsewhere; this leaves out what is not: iconv -c -f UTF-8 -t UTF-8 {files}")
+        return UserError(
+            f"{message}, but elsewhere; this leaves out what is not: iconv -c -f UTF-8 -t UTF-8 {files}"
+        )
     encoding = _encoding_of(_sample(path), sample)
     if encoding is None:
         return UserError(f"{message}, nor in an encoding that can be told: convert it to UTF-8.")

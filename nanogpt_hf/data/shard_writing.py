@@ -149,7 +149,9 @@ def _state_of(folder: Path, about: Mapping[str, Any]) -> State | None:
     try:
         found = json.loads(known.read_bytes())
         changed = [key for key, value in about.items() if found.get(key) != value]
-        splits = {split: Counts(**found["splits"][split]) for split in SPLITS} if known.name == PROGRESS else {}
+        splits = (
+            {split: Counts(**found["splits"][split]) for split in SPLITS} if known.name == PROGRESS else {}
+        )
         state = State(found["units"], found["consumed"], splits) if splits else None
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{known} is damaged, or of an earlier version: {AGAIN}.") from error
@@ -180,7 +182,9 @@ def _check_strangers(folder: Path, ours: list[str]) -> None:
     for path in sorted(folder.iterdir() if folder.exists() else []):
         # What is hidden may be of a start that was killed.
         if path.name not in ours and not path.name.startswith("."):
-            raise UserError(f"--output_dir {folder} holds {path.name}, which is no shard: choose another folder.")
+            raise UserError(
+                f"--output_dir {folder} holds {path.name}, which is no shard: choose another folder."
+            )
 
 
 def commit(folder: Path, about: Mapping[str, Any], state: State) -> None:

@@ -155,7 +155,8 @@ class ShardedCorpus:
         ids = ids.windows(np.array([0]), len(ids))[0]
         ends = np.flatnonzero(ids == tokenizer.eos_token_id)
         return [
-            str(tokenizer.decode(part[part != tokenizer.eos_token_id].tolist())) for part in np.split(ids, ends)
+            str(tokenizer.decode(part[part != tokenizer.eos_token_id].tolist()))
+            for part in np.split(ids, ends)
         ]
 
 

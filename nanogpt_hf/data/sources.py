@@ -120,7 +120,9 @@ def _find(
     if corpus and os.path.isdir(path):
         return _files(corpus, path, "**/*", text_column, reading, own_splits, without)
     if corpus and os.path.exists(path):
-        return _source_of({"train": [] if os.path.realpath(path) in without else [path]}, text_column, reading)
+        return _source_of(
+            {"train": [] if os.path.realpath(path) in without else [path]}, text_column, reading
+        )
     is_pattern = [_is_pattern(part) for part in path.parts]
     if any(is_pattern):
         first = is_pattern.index(True)
@@ -178,7 +180,9 @@ def _files(
     source = _source_of(used or {"train": chosen}, text_column, reading)
     source.skipped, source.held_out = skipped, held_out
     source.split_is_new = (
-        not all(_named_as_before(path.relative_to(root)) for path in source.files) if used else len(chosen) > 1
+        not all(_named_as_before(path.relative_to(root)) for path in source.files)
+        if used
+        else len(chosen) > 1
     )
     if not files:
         found = f"; not read: {list_skipped(skipped)}" if skipped else ""
@@ -195,7 +199,9 @@ def _why_skipped(corpus: str, root: Path, path: Path) -> str | None:
     if not path.exists() or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         if kind_of(path) in READERS or path.is_dir():
             inside = path.relative_to(root)
-            raise UserError(f"{inside} in {corpus} is a link out of it or to nothing; put a copy in its place.")
+            raise UserError(
+                f"{inside} in {corpus} is a link out of it or to nothing; put a copy in its place."
+            )
         return "a link out of the folder or to nothing"
     if not path.is_dir():
         return why_unread(path)

@@ -16,7 +16,9 @@ from .documents import END_OF_TEXT
 
 CHUNK = 4_000  # characters of a piece of a long text
 BATCH = 1_000  # texts; what the tokenizers library returns takes many times the memory of the ids
-LONG_WORD = 1_000  # characters; the library's trainer takes time that grows with the square of a word's length
+LONG_WORD = (
+    1_000  # characters; the library's trainer takes time that grows with the square of a word's length
+)
 AT_ONCE = 2**16  # characters that tiktoken gets at once, whose ids come as a list of Python's
 
 # The words of GPT-2's tokenizer, as tiktoken writes them.

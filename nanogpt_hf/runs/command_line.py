@@ -32,8 +32,9 @@ def read_settings(cls: type[R], description: str | None, defaults: Callable[[Val
 
 def check_paths(said: Values) -> None:
     """Raises UserError where something that the user has named is not there."""
-    if said.get("corpus"):
-        check_corpus(said["corpus"])
+    for name, what in (("corpus", "Corpus"), ("validation_file", "--validation_file")):
+        if said.get(name):
+            check_corpus(said[name], what)
     for name in ("model_name_or_path", "tokenizer"):
         if said.get(name) and said[name] not in ("char", "bpe"):
             check_model_name(said[name])
@@ -56,7 +57,7 @@ def earlier(cls: type[RunSettings], values: Values) -> dict[str, Any]:
     if not (folder / "run.yaml").exists():
         return {}
     saved = read_yaml(folder / "run.yaml", [item.name for item in fields(cls)], cls.RETIRED)
-    return {name: value for name, value in saved.items() if name not in OF_A_START}
+    return {name: value for name, value in {**cls.BEFORE, **saved}.items() if name not in OF_A_START}
 
 
 def size_here(said: Values) -> str:

@@ -29,7 +29,7 @@ def finetune(settings: FinetuningSettings) -> Progress:
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
-    describe(accelerator, settings, corpus, tokenizer, model, lines)
+    describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     progress = train(accelerator, settings, corpus, tokenizer, model, objective)
     finish(accelerator, settings, corpus, tokenizer, progress)
     return progress

@@ -26,7 +26,7 @@ def pretrain(settings: TrainingSettings) -> Progress:
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
-    describe(accelerator, settings, corpus, tokenizer, model)
+    describe(accelerator, settings, corpus, tokenizer, model, objective)
     progress = train(accelerator, settings, corpus, tokenizer, model, objective)
     finish(accelerator, settings, corpus, tokenizer, progress)
     return progress
