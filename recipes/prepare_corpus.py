@@ -16,6 +16,7 @@ one) in 2,000 is held out, as usual for OpenWebText: small, because pretraining 
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def main() -> None:
-    settings = parse(PreparationSettings, __doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(PreparationSettings, __doc__, argv)
     for name, what in ((settings.corpus, "Corpus"), (settings.validation_file, "--validation_file")):
         if name is not None:
             check_corpus(name, what)

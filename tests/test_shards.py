@@ -105,8 +105,11 @@ def test_a_document_is_cut_alike_however_its_parts_come(seed, size):
 def test_a_long_text_is_held_out_in_stretches(tmp_path):
     text = "\n".join(documents(6000))
     (tmp_path / "text.txt").write_bytes(text.encode())
-    prepare(str(tmp_path / "text.txt"), TOKENIZER, str(tmp_path / "shards"), validation_split_percentage=25)
-    all_units = list(preparation.units(open_source(str(tmp_path / "text.txt")), False, 25))
+    unchanged = {"keep_carriage_returns": True, "special_tokens_in_text": "text"}
+    percent = {"validation_split_percentage": 25}
+    prepare(str(tmp_path / "text.txt"), TOKENIZER, str(tmp_path / "shards"), **percent, **unchanged)
+    source = open_source(str(tmp_path / "text.txt"), **unchanged)
+    all_units = list(preparation.units(source, False, 25))
     assert "".join(unit.text for unit in all_units) == text and len(all_units) > 8
     for start in range(0, len(all_units) - 3, 4):
         assert [unit.split for unit in all_units[start : start + 4]].count("validation") == 1
@@ -237,7 +240,11 @@ def test_finished_shards_are_left_alone_and_replaced_when_asked(corpus, shards, 
     "text, options, says",
     [
         ('{"text": "a\\ud800"}\n', "", "half of a surrogate pair"),
-        ('{"text": "a b c"}\n', "", "no text of .* is held out for validation"),
+        (
+            '{"text": "a b c"}\n',
+            "",
+            "holds no text for validation: give more text or a larger --validation_split_percentage",
+        ),
         ('{"text": ""}\n', "", "holds no text"),
         ('{"text": "a"}\n', "--validation_split_percentage 0", "must be more than 0"),
         ('{"text": "a"}\n', "--shard_tokens 0", "--shard_tokens is 0"),
