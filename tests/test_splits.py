@@ -17,7 +17,7 @@ from nanogpt_hf.data.documents import END_OF_TEXT, cut_at_marks, with_plain_newl
 from nanogpt_hf.data.readers import Reading
 from nanogpt_hf.data.tokenization import make_tokenizer
 from nanogpt_hf.training import loop
-from recipes.evaluate import main as evaluate
+from recipes.compare import main as compare
 from recipes.prepare_corpus import main as prepare_corpus
 from recipes.train_tokenizer import main as train_tokenizer
 
@@ -150,7 +150,7 @@ def test_every_recipe_that_reads_takes_a_validation_file(tmp_path, capsys, own_a
             prepare_corpus,
             ["--tokenizer", tmp_path / "run", "--output_dir", tmp_path / "shards", "--num_proc", "1"],
         ),
-        (evaluate, ["--model", tmp_path / "run", "--output_dir", tmp_path / "table", "--use_cpu"]),
+        (compare, ["--model", tmp_path / "run", "--output_dir", tmp_path / "table", "--use_cpu"]),
     ):
         recipe([str(word) for word in (*files, *more)])
         assert "all of own.txt" in capsys.readouterr().out
@@ -172,7 +172,7 @@ def test_evaluation_takes_all_of_a_file_and_says_what_the_model_knows(tmp_path, 
             False,
         ),
     ):
-        evaluate([*f"--model {tmp_path}/run --corpus {tmp_path / name} --use_cpu".split(), *more])
+        compare([*f"--model {tmp_path}/run --corpus {tmp_path / name} --use_cpu".split(), *more])
         said = capsys.readouterr().out
         assert f"validation split of {characters} characters" in said
         note = "NOTE: run was trained on this text; --validation_split_percentage 10 measures only what"

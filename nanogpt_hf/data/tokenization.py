@@ -14,12 +14,11 @@ from ..common.errors import UserError
 from ..common.text import first_line
 from .documents import END_OF_TEXT
 
-CHUNK = 4_000  # characters of a piece of a long text
+CHUNK = 4_000  # characters of a piece of a long text, whose ids come as a list of Python's
 BATCH = 1_000  # texts; what the tokenizers library returns takes many times the memory of the ids
 LONG_WORD = (
     1_000  # characters; the library's trainer takes time that grows with the square of a word's length
 )
-AT_ONCE = 2**16  # characters that tiktoken gets at once, whose ids come as a list of Python's
 
 # The words of GPT-2's tokenizer, as tiktoken writes them.
 _WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -258,7 +257,7 @@ def _subword_encoder(backend: Tokenizer) -> TextEncoder | None:
     ids = np.array([spec["vocab"][token] for token in letters + merged], dtype=np.int32)
 
     def encode_text(text: str) -> np.ndarray:
-        parts = [np.array(encoding.encode_ordinary(piece), dtype=np.int64) for piece in pieces(text, AT_ONCE)]
+        parts = [np.array(encoding.encode_ordinary(piece), dtype=np.int64) for piece in pieces(text)]
         return ids[np.concatenate(parts)]
 
     return encode_text
