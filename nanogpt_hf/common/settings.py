@@ -83,7 +83,7 @@ def exclude(settings: Settings, first: str, second: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataSettings(Settings):
+class TextSettings(Settings):
     """Text"""
 
     corpus: str = setting(
@@ -91,10 +91,38 @@ class DataSettings(Settings):
         "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset",
         essential=True,
     )
-    text_column: str = setting("text", "column of a .jsonl, .parquet or Hub dataset that holds the text")
-    validation_split_percentage: int = setting(
-        10, "percent of the text that is kept for validation", ge=1, le=99
+    text_column: str = setting(
+        "text", "column of a .jsonl, .csv, .parquet or Hub dataset that holds the text"
     )
+    validation_file: str | None = setting(
+        None, "a file, folder or glob that is held out for validation, all of it"
+    )
+    validation_split_percentage: int = setting(
+        10,
+        "percent of the text, at the end of each file, that is held out where nothing else is",
+        ge=1,
+        le=99,
+    )
+    keep_carriage_returns: bool = setting(False, "keep CRLF and CR as they are; else each is one newline")
+    special_tokens_in_text: Literal["document_ends", "tokens", "text"] = setting(
+        "document_ends",
+        "special tokens that the text spells. document_ends: <|endoftext|> alone on a line ends a document, all else "
+        "is ordinary text; tokens: each is the tokenizer's token; text: all are ordinary text",
+    )
+
+    def reading_options(self) -> dict[str, Any]:
+        """How the text is read, as `load_corpus` and `prepare` take it."""
+        names = ("text_column", "validation_file", "keep_carriage_returns", "special_tokens_in_text")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class DataSettings(TextSettings):
+    """Text"""
+
+    # What runs did whose run.yaml does not know these settings.
+    BEFORE: ClassVar[dict[str, Any]] = {"keep_carriage_returns": True, "special_tokens_in_text": "text"}
+
     document_end: str | None = setting(
         None, "regular expression: a document ends after each match, so that a model learns where to stop"
     )
@@ -337,9 +365,17 @@ class FinetuningSettings(AdapterSettings, RunSettings):
 
 def default_folder(corpus: str, *parts: str) -> str:
     """Where a run goes that was given no folder: runs/CORPUS-PART-…"""
+    return str(Path("runs") / as_file_name(short_name(corpus), *(Path(part).name for part in parts)))
+
+
+def short_name(corpus: str) -> str:
+    """What to call things that are made of a corpus: its last part that is no pattern, without its suffix."""
     plain = [part for part in Path(corpus).parts if not set("*?[/") & set(part)]
-    names = [Path(plain[-1]).stem if plain else "corpus", *(Path(part).name for part in parts)]
-    return str(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(names)))
+    return Path(plain[-1]).stem if plain else "corpus"
+
+
+def as_file_name(*parts: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
 
 def public_values(settings: Settings) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def finetune(settings: FinetuningSettings) -> Progress:
     settings = resolve(replace(settings, n_positions=context), accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
-    describe(accelerator, settings, corpus, tokenizer, model, lines)
+    describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
     with alone_in(accelerator, Path(settings.output_dir)):
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show, base)

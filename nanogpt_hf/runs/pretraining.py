@@ -31,7 +31,7 @@ def pretrain(settings: TrainingSettings) -> Progress:
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
-    describe(accelerator, settings, corpus, tokenizer, model)
+    describe(accelerator, settings, corpus, tokenizer, model, objective)
     show = Showing(accelerator, settings, corpus)
     with alone_in(accelerator, Path(settings.output_dir)):
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show)

@@ -32,6 +32,12 @@ from .showing import Showing, sample_base
 
 R = TypeVar("R", bound=RunSettings)
 
+MANY_PASSES = 100
+AGAIN_AND_AGAIN = (
+    "a model learns a text by heart that it reads so often: give more text or fewer --max_steps, or fine-tune a model "
+    "that has read more (recipes/finetune_lora.py)."
+)
+
 
 def start(settings: RunSettings) -> tuple[Accelerator, AnyCorpus]:
     """The devices and the text of a run, once it is clear that its trackers and the Hub can be had.
@@ -47,8 +53,8 @@ def start(settings: RunSettings) -> tuple[Accelerator, AnyCorpus]:
         corpus = load_corpus(
             settings.corpus,
             settings.validation_split_percentage,
-            settings.text_column,
-            settings.document_end,
+            document_end=settings.document_end,
+            **settings.reading_options(),
         )
     set_seed(settings.seed)
     return accelerator, corpus
@@ -137,6 +143,7 @@ def describe(
     corpus: AnyCorpus,
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
+    objective: LanguageModeling,
     lines: Sequence[str] = (),
 ) -> None:
     """The first screen: what will happen.
@@ -152,18 +159,21 @@ def describe(
         rate = (
             f"muon, learning rates {settings.muon_learning_rate:g} and, of AdamW, {settings.learning_rate:g}"
         )
+    passes = settings.max_steps * objective.tokens_per_step / len(objective.train)
     say(
         accelerator,
         *([f"NOTE: {corpus.notice}"] if corpus.notice else []),
         f"hardware   {describe_device(accelerator)}",
-        f"corpus     {corpus.name}: {corpus.characters('train'):,} characters, and {corpus.characters('validation'):,} for validation",
+        *corpus.reading,
         f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {len(tokenizer):,} tokens",
+        *corpus.remarks(tokenizer),
         f"model      {getattr(config, 'architecture', config.model_type)}, {model.num_parameters() / 1e6:.2f}M parameters: "
         f"{config.num_hidden_layers} layers, {f'{heads} heads, ' if heads else ''}width {config.hidden_size}, context "
         f"{context_length(model)}",
         *lines,
-        f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens; "
-        f"validation every {settings.eval_steps}",
+        f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens, "
+        f"{passes:.3g} times the text; validation every {settings.eval_steps}",
+        *([f"warning: {AGAIN_AND_AGAIN}"] if passes > MANY_PASSES else []),
         f"optimiser  {rate}, warm-up {settings.warmup_steps} steps, then {settings.lr_scheduler_type}",
         f"output     {settings.output_dir}",
     )

@@ -22,7 +22,7 @@ from ..training.reporting import read_metrics
 
 # Settings that say where a run was and with whom it is shared, not what was trained.
 NOT_IN_A_CARD = (
-    "corpus model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
+    "corpus validation_file model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
     "hub_model_id hub_private_repo hub_format"
 ).split()
 LOADING = {
