@@ -14,7 +14,7 @@ from ..training.hardware import device_type
 from ..training.loop import train
 from ..training.lora import add_adapter, describe_trained, extend_embedding, load_base, quantization
 from .pretraining import settle_generation
-from .run import describe, finish, language_modeling, make_ready, resolve, start
+from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
 
 
 def finetune(settings: FinetuningSettings) -> Progress:
@@ -29,6 +29,7 @@ def finetune(settings: FinetuningSettings) -> Progress:
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
+    settings = settle_length(accelerator, settings, model, objective)
     describe(accelerator, settings, corpus, tokenizer, model, lines)
     progress = train(accelerator, settings, corpus, tokenizer, model, objective)
     finish(accelerator, settings, corpus, tokenizer, progress)

@@ -10,7 +10,7 @@ from ..model import NanoGPTForCausalLM
 from ..model.loading import check_vocabulary, load_native, make_config, suppress_padding
 from ..training.checkpoints import Progress
 from ..training.loop import train
-from .run import describe, finish, language_modeling, make_ready, resolve, start
+from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
 
 SIZES = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner n_positions".split()
 
@@ -26,6 +26,7 @@ def pretrain(settings: TrainingSettings) -> Progress:
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
+    settings = settle_length(accelerator, settings, model, objective)
     describe(accelerator, settings, corpus, tokenizer, model)
     progress = train(accelerator, settings, corpus, tokenizer, model, objective)
     finish(accelerator, settings, corpus, tokenizer, progress)

@@ -190,7 +190,9 @@ def make_optimizers(model: nn.Module, settings: RunSettings) -> list[torch.optim
             muon.append(parameter)
         else:
             matrices.append(parameter)
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    rate = settings.vector_learning_rate
+    of_vectors = {"weight_decay": 0.0} | ({} if rate is None else {"lr": rate})
+    groups = [{"params": matrices}, {"params": vectors, **of_vectors}]
     groups = [group for group in groups if group["params"]]
     optimizers = []
     if groups:  # an adapter may be matrices for Muon alone
@@ -258,10 +260,8 @@ def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: floa
 
 def learning_rates(settings: RunSettings, factor: float) -> dict[str, float]:
     """The rate of each optimiser at a factor of its peak, as metrics.jsonl names them."""
-    rates = {"learning_rate": settings.learning_rate * factor}
-    if settings.optim == "muon":
-        rates["muon_learning_rate"] = settings.muon_learning_rate * factor
-    return rates
+    names = ["learning_rate", "vector_learning_rate", *["muon_learning_rate"] * (settings.optim == "muon")]
+    return {name: rate * factor for name, rate in settings.given(*names).items()}
 
 
 def make_capturable(optimizers: Iterable[torch.optim.Optimizer]) -> None:
