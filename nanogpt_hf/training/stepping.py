@@ -23,7 +23,9 @@ from .optimization import make_capturable, set_learning_rates
 from .reporting import say
 
 STEPS_BEFORE_CAPTURE = 3  # ordinary steps in which kernels are compiled and optimiser states made
-MOST_TO_CAPTURE = 16  # micro-batches: recording takes as long as an ordinary step, and a step of more hardly gains
+MOST_TO_CAPTURE = (
+    16  # micro-batches: recording takes as long as an ordinary step, and a step of more hardly gains
+)
 
 
 class Stepper:

@@ -14,7 +14,9 @@ from .optimization import make_optimizers
 from .stepping import STEPS_BEFORE_CAPTURE, Stepper
 
 TIMED_STEPS = 8
-MARGIN = 0.97  # of the time is planned: what is too long would be stopped before its learning rate has come down
+MARGIN = (
+    0.97  # of the time is planned: what is too long would be stopped before its learning rate has come down
+)
 
 
 def steps_in_time(
