@@ -31,7 +31,7 @@ from nanogpt_hf.runs.command_line import preset_here, read_settings
 # benchmarks/RESULTS.md has the sweeps of what is not somebody's. Betas, weight decay and clipping are GPT-3's (Brown et
 # al. 2020, appendix B).
 DEFAULTS = dict(
-    architecture="qwen3",
+    architecture="modern",
     dropout=0.0,
     optim="muon",
     muon_learning_rate=0.02,
@@ -73,7 +73,7 @@ def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
         return chosen | ON_A_CPU | {"per_device_train_batch_size": at_once}
     # A tied embedding of twice the width takes steps shorter by the root of two, as in nanochat.
     chosen["learning_rate"] = round(3e-3 * (768 / size.n_embd) ** 0.5, 5)
-    if said.get("architecture", "qwen3") != "gpt2" and not said.get("n_embd"):
+    if said.get("architecture") != "gpt2" and not said.get("n_embd"):
         chosen["n_head"] = budget.heads_of(preset)
     tokens = budget.planned_tokens(said, size, device_type(bool(said.get("use_cpu"))))
     if not any(said.get(name) for name in ("max_steps", "num_train_epochs", "max_minutes")):

@@ -15,9 +15,9 @@ from typing import Any
 from ..data.shards import INDEX, is_shards
 from ..model.presets import Preset, find_preset
 
-# Tokens a step on one device, for a run of one token: fitted to sweeps of GPT-2's size on an H100, where of 8,192, 16,384
-# and 32,768 tokens the first was best at 0.8 million tokens, the second at 11 million.
-BATCH_OF_ONE_TOKEN = 325
+# Tokens a step on one device, for a run of one token: of 8,192, 16,384 and 32,768 tokens the second took the least time to a
+# loss at 0.8, 2 and 11 million tokens of GPT-2's size on an H100.
+BATCH_OF_ONE_TOKEN = 480
 BATCH_GROWTH = 0.47 / 2
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022
 MOST_EPOCHS = 4  # as good as new text up to there (Muennighoff et al. 2023)
