@@ -31,7 +31,7 @@ from nanogpt_hf.runs.command_line import preset_here, read_settings
 # benchmarks/RESULTS.md has the sweeps of what is not somebody's. Betas, weight decay and clipping are GPT-3's (Brown et
 # al. 2020, appendix B).
 DEFAULTS = dict(
-    architecture="modern",
+    architecture="qwen3",
     dropout=0.0,
     optim="muon",
     muon_learning_rate=0.02,
@@ -46,7 +46,7 @@ DEFAULTS = dict(
     eval_steps=1000,
     save_steps=1000,
 )
-ON_A_CPU = dict(attn_implementation="eager", muon_learning_rate=0.03, learning_rate=0.02, max_steps=2000)
+ON_A_CPU = dict(attn_implementation="eager", muon_learning_rate=0.03, learning_rate=0.02)
 SEQUENCES_AT_ONCE = {
     "cpu": 8,
     "gpt2-medium": 16,
@@ -69,14 +69,16 @@ def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
     if is_shards(corpus):
         chosen["tokenizer"] = corpus
         chosen["output_dir"] = f"runs/{os.path.basename(os.path.realpath(corpus))}-{preset}"
+    length_is_said = any(said.get(name) for name in budget.LENGTHS)
     if preset == "cpu":
-        return chosen | ON_A_CPU | {"per_device_train_batch_size": at_once}
+        length = {} if length_is_said else {"max_steps": 2000}
+        return chosen | ON_A_CPU | length | {"per_device_train_batch_size": at_once}
     # A tied embedding of twice the width takes steps shorter by the root of two, as in nanochat.
     chosen["learning_rate"] = round(3e-3 * (768 / size.n_embd) ** 0.5, 5)
-    if said.get("architecture") != "gpt2" and not said.get("n_embd"):
+    if said.get("architecture") in (None, "qwen3", "modern") and not said.get("n_embd"):
         chosen["n_head"] = budget.heads_of(preset)
     tokens = budget.planned_tokens(said, size, device_type(bool(said.get("use_cpu"))))
-    if not any(said.get(name) for name in ("max_steps", "num_train_epochs", "max_minutes")):
+    if not length_is_said:
         chosen["train_tokens"] = tokens
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     block_size = said.get("n_positions") or size.n_positions

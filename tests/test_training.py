@@ -14,6 +14,7 @@ from nanogpt_hf.training import optimization
 from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import (
     Muon,
+    learning_rates,
     make_capturable,
     make_optimizers,
     make_schedule,
@@ -153,6 +154,13 @@ def test_muon_takes_the_steps_of_torchs_muon(monkeypatch):
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
+def test_norms_and_biases_may_have_a_rate_of_their_own():
+    settings = TrainingSettings(learning_rate=0.1, vector_learning_rate=0.3)
+    matrices, vectors = make_optimizers(make(), settings)[0].param_groups
+    assert (matrices["lr"], vectors["lr"]) == (0.1, 0.3)
+    assert learning_rates(settings, 0.5) == {"learning_rate": 0.05, "vector_learning_rate": 0.15}
+
+
 def moves_of_muon(model, gradients):
     """What a step of Muon adds to each matrix of the blocks, after gradients by name."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -254,9 +262,10 @@ def test_a_compiled_block_takes_the_steps_of_an_eager_one_and_is_eager_again_in_
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
-def test_a_recorded_step_is_the_step_itself(architecture, optim, own_accelerate_state):
+def test_a_recorded_step_is_the_step_itself(architecture, optim, micro_batches, own_accelerate_state):
     """Dropout included: a replay draws the random numbers of its own step."""
     results = []
     for steps_before_capture in (3, -1):
@@ -265,7 +274,9 @@ def test_a_recorded_step_is_the_step_itself(architecture, optim, own_accelerate_
             architecture=architecture, vocab_size=50, n_positions=16, n_embd=64, n_layer=2, n_head=2,
             bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        settings = TrainingSettings(optim=optim, per_device_train_batch_size=8, torch_compile=False)
+        settings = TrainingSettings(
+            optim=optim, per_device_train_batch_size=8, gradient_accumulation_steps=micro_batches, torch_compile=False
+        )  # fmt: skip
         accelerator = Accelerator()
         model, *optimizers = accelerator.prepare(
             *(lambda m: (m, *make_optimizers(m, settings)))(NanoGPTForCausalLM(config))
@@ -275,7 +286,7 @@ def test_a_recorded_step_is_the_step_itself(architecture, optim, own_accelerate_
             settings,
             model,
             [o.optimizer for o in optimizers],
-            language_modeling(accelerator, 8),
+            language_modeling(accelerator, 8 * micro_batches),
             lambda step: 1 / (step + 1),
         )
         take_step.steps_before_capture = steps_before_capture

@@ -15,13 +15,24 @@ from typing import Any
 from ..data.shards import INDEX, is_shards
 from ..model.presets import Preset, find_preset
 
+LENGTHS = (
+    "max_steps",
+    "train_tokens",
+    "num_train_epochs",
+    "max_minutes",
+)  # settings that say how long a run is
+
 # Tokens a step on one device, for a run of one token: of 8,192, 16,384 and 32,768 tokens the second took the least time to a
 # loss at 0.8, 2 and 11 million tokens of GPT-2's size on an H100.
 BATCH_OF_ONE_TOKEN = 480
 BATCH_GROWTH = 0.47 / 2
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022
 MOST_EPOCHS = 4  # as good as new text up to there (Muennighoff et al. 2023)
-FLOPS_GUESSED = {"cuda": 3e14, "mps": 3e12, "cpu": 1e11}  # a second; ten times too many double the batch
+FLOPS_GUESSED = {
+    "cuda": 3e14,
+    "mps": 3e12,
+    "cpu": 1e11,
+}  # a second; ten times too many nearly double the batch
 CHANNELS_PER_HEAD = 128  # as in every published Qwen3; 64 measured worse at this size, and no faster
 
 
@@ -37,10 +48,8 @@ def planned_tokens(said: Mapping[str, Any], size: Preset, device: str) -> float 
         said: the settings that the user has given.
         device: cuda, mps or cpu.
     """
-    if said.get("max_steps"):
-        return None
-    if said.get("train_tokens"):
-        return said["train_tokens"]
+    if said.get("max_steps") or said.get("train_tokens"):
+        return said.get("train_tokens")
     text = tokens_of_shards(str(said.get("corpus", "")))
     if said.get("num_train_epochs") and text:
         return said["num_train_epochs"] * text

@@ -58,10 +58,11 @@ def _polynomial(gram: torch.Tensor) -> torch.Tensor:
     digits for.
     """
     result = None
-    for a, b, c in COEFFICIENTS:
+    for step, (a, b, c) in enumerate(COEFFICIENTS, start=1):
         factor = _quadratic(gram, a, b, c)
         result = factor if result is None else factor @ result
-        gram = factor @ gram @ factor  # they commute
+        if step < len(COEFFICIENTS):
+            gram = factor @ gram @ factor  # they commute
     return result
 
 
@@ -91,19 +92,17 @@ def find_layouts(model: nn.Module) -> dict[nn.Parameter, Layout]:
 
     Queries, keys and values are matrices of their own, so are a SwiGLU's gate and value.
     """
-    transposed = {module.weight for module in model.modules() if isinstance(module, Conv1D)}
-    layouts = dict.fromkeys(transposed, Layout(fan_in_fan_out=True))
+    layouts = {m.weight: Layout(fan_in_fan_out=True) for m in model.modules() if isinstance(m, Conv1D)}
     for module in model.modules():
         if isinstance(module, NanoGPTAttention):
-            weight, mixed = module.c_attn.weight, module.c_proj.weight
-            flag = weight in transposed
-            queries = mixed.shape[0 if flag else 1]
-            others = (weight.shape[1 if flag else 0] - queries) // 2
-            layouts[weight] = Layout(flag, (queries, others, others))
-        if isinstance(module, NanoGPTMLP) and module.gated:
+            weight = module.c_attn.weight
+            layout = layouts.get(weight, Layout())
+            layouts[weight] = layout._replace(outputs=tuple(n * module.head_dim for n in module.heads))
+        elif isinstance(module, NanoGPTMLP) and module.gated:
             weight = module.c_fc.weight
-            flag = weight in transposed
-            layouts[weight] = Layout(flag, (weight.shape[1 if flag else 0] // 2,) * 2)
+            layout = layouts.get(weight, Layout())
+            half = weight.shape[int(layout.fan_in_fan_out)] // 2
+            layouts[weight] = layout._replace(outputs=(half, half))
     return layouts
 
 
