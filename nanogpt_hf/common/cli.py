@@ -56,7 +56,7 @@ OTHER_NAMES = {
     "warmup_iters": ["warmup_steps"],
 }
 # Settings that say the same thing in other ways: who gives one means it, and not a recipe's default of another.
-RIVALS = ("max_steps", "num_train_epochs")
+RIVALS = ("max_steps", "num_train_epochs", "train_tokens")
 UNSAID = object()
 
 

@@ -201,7 +201,12 @@ class LengthSettings(Settings):
     num_train_epochs: float | None = setting(
         None, "passes over the training split, instead of max_steps", gt=0
     )
-    max_minutes: float | None = setting(None, "stop after this many minutes, with a checkpoint", gt=0)
+    train_tokens: float | None = setting(None, "tokens to train on, instead of max_steps", gt=0)
+    max_minutes: float | None = setting(
+        None,
+        "stop after this many minutes, with a checkpoint; where nothing else says how long, the schedule ends there",
+        gt=0,
+    )
     per_device_train_batch_size: int = setting(32, "sequences per device and micro-batch", ge=1)
     gradient_accumulation_steps: int = setting(1, "micro-batches per step", ge=1)
     per_device_eval_batch_size: int = setting(
@@ -232,6 +237,9 @@ class OptimizerSettings(Settings):
         "adamw", "muon: Muon for the blocks' matrices, AdamW for the rest"
     )
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", ge=0)
+    vector_learning_rate: float | None = setting(
+        None, "peak learning rate of AdamW for norms and biases; default: learning_rate", ge=0
+    )
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", ge=0)
     muon_momentum: float = setting(0.95, "momentum of Muon; runs of few steps want less", ge=0, lt=1)
     weight_decay: float = setting(0.1, "decay of matrices (norms and biases have none)", ge=0)
@@ -242,7 +250,9 @@ class OptimizerSettings(Settings):
     lr_scheduler_type: str = setting(
         "linear", "schedule after warm-up, as transformers names it (linear: to zero)"
     )
-    warmup_steps: int = setting(100, "steps of linear warm-up, at most half of the run", ge=0)
+    warmup_steps: float = setting(
+        100, "steps of linear warm-up, at most half of the run; less than 1: this part of the run", ge=0
+    )
 
 
 @dataclass(frozen=True)
@@ -347,7 +357,7 @@ class FinetuningSettings(AdapterSettings, RunSettings):
     per_device_train_batch_size: int = changed(LengthSettings, "per_device_train_batch_size", 8)
     learning_rate: float = changed(OptimizerSettings, "learning_rate", 2e-3)
     weight_decay: float = changed(OptimizerSettings, "weight_decay", 0.0)
-    warmup_steps: int = changed(OptimizerSettings, "warmup_steps", 20)
+    warmup_steps: float = changed(OptimizerSettings, "warmup_steps", 20)
     eval_steps: int = changed(LengthSettings, "eval_steps", 50)
     eval_on_start: bool = changed(LengthSettings, "eval_on_start", True)
     save_steps: int = changed(LengthSettings, "save_steps", 100)

@@ -18,7 +18,7 @@ from ..training.loop import train
 from ..training.lora import add_adapter, describe_trained, extend_embedding, load_base, quantization
 from ..training.run_folder import alone_in
 from .pretraining import settle_generation
-from .run import describe, finish, language_modeling, make_ready, resolve, start
+from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
 from .showing import Showing
 
 LONGEST_CONTEXT = 1024  # tokens, unless more is asked for: bases of today see tens of thousands
@@ -37,6 +37,7 @@ def finetune(settings: FinetuningSettings) -> Progress:
     settings = resolve(replace(settings, n_positions=context), accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
+    settings = settle_length(accelerator, settings, model, objective)
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
     with alone_in(accelerator, Path(settings.output_dir)):

@@ -14,7 +14,7 @@ from ..model.loading import check_vocabulary, context_length, load_native, make_
 from ..training.checkpoints import Progress
 from ..training.loop import train
 from ..training.run_folder import alone_in
-from .run import describe, finish, language_modeling, make_ready, resolve, start
+from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
 from .showing import Showing
 
 SIZES = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner n_positions".split()
@@ -31,6 +31,7 @@ def pretrain(settings: TrainingSettings) -> Progress:
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
+    settings = settle_length(accelerator, settings, model, objective)
     describe(accelerator, settings, corpus, tokenizer, model, objective)
     show = Showing(accelerator, settings, corpus)
     with alone_in(accelerator, Path(settings.output_dir)):

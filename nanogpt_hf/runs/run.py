@@ -25,9 +25,10 @@ from ..training.best_model import show_best
 from ..training.checkpoints import Progress
 from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
-from ..training.objectives import LanguageModeling
+from ..training.objectives import LanguageModeling, Objective
 from ..training.reporting import check_trackers, read_metrics, say
 from ..training.stepping import global_batch_size
+from ..training.timing import steps_in_time
 from .showing import Showing, sample_base
 
 R = TypeVar("R", bound=RunSettings)
@@ -73,6 +74,8 @@ def resolve(
 ) -> R:
     """The settings as the run will have them: no default left open that decides a length, a rate or a name.
 
+    Only max_steps is still None where nothing but max_minutes says how long the run is.
+
     Raises:
         UserError: they ask for what the model or the text cannot give.
     """
@@ -81,20 +84,37 @@ def resolve(
     if T > context:
         raise UserError(f"--n_positions is {T}, more than the base's context of {context}.")
     changes = {"output_dir": settings.folder(), "n_positions": T}
-    max_steps = settings.max_steps
-    if max_steps is None:
-        if settings.num_train_epochs is None:
-            raise UserError("the run has no end: give --max_steps or --num_train_epochs.")
+    tokens = settings.train_tokens
+    if settings.num_train_epochs is not None:
         tokens = settings.num_train_epochs * len(corpus.ids("train", tokenizer))
-        max_steps = max(1, math.ceil(tokens / (global_batch_size(settings, accelerator) * T)))
-    changes |= {"max_steps": max_steps, "warmup_steps": min(settings.warmup_steps, max_steps // 2)}
     if hasattr(settings, "vocab_size"):
         changes["vocab_size"] = len(tokenizer)
     if settings.push_to_hub:
         changes["hub_model_id"] = hub_name(settings)
     if asks_for_checkpointing():
         changes["gradient_checkpointing"] = True
-    return replace(settings, **changes)
+    settings = replace(settings, **changes)
+    if settings.max_steps is None and tokens is not None:
+        return of_length(settings, math.ceil(tokens / (global_batch_size(settings, accelerator) * T)))
+    if settings.max_steps is None and settings.max_minutes is None:
+        raise UserError(
+            "the run has no end: give --max_steps, --train_tokens, --num_train_epochs or --max_minutes."
+        )
+    return settings if settings.max_steps is None else of_length(settings, settings.max_steps)
+
+
+def of_length(settings: R, steps: int) -> R:
+    """The settings of a run of so many steps, with its warm-up in steps."""
+    steps = max(1, steps)
+    warmup = settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * steps
+    return replace(settings, max_steps=steps, warmup_steps=min(round(warmup), steps // 2))
+
+
+def settle_length(accelerator: Accelerator, settings: R, model: PreTrainedModel, objective: Objective) -> R:
+    """Resolved settings with a number of steps, where nothing but max_minutes has said how long the run is."""
+    if settings.max_steps is not None:
+        return settings
+    return of_length(settings, steps_in_time(accelerator, settings, model, objective))
 
 
 def make_ready(settings: RunSettings, model: PreTrainedModel) -> None:
@@ -159,6 +179,8 @@ def describe(
         rate = (
             f"muon, learning rates {settings.muon_learning_rate:g} and, of AdamW, {settings.learning_rate:g}"
         )
+    if settings.vector_learning_rate is not None:
+        rate += f", of norms and biases {settings.vector_learning_rate:g}"
     passes = settings.max_steps * objective.tokens_per_step / len(objective.train)
     say(
         accelerator,
