@@ -12,6 +12,7 @@ from ..common.errors import UserError
 from ..common.files import check_no_writer, damage
 from ..common.paths import check_model_name
 from ..common.settings import OF_A_START, RunSettings
+from ..data.shards import is_shards
 from ..data.sources import check_corpus
 
 R = TypeVar("R", bound=RunSettings)
@@ -84,12 +85,14 @@ def _settings_in_yaml(cls: type[RunSettings], path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return {**cls.BEFORE, **read_yaml(path, [item.name for item in fields(cls)], cls.RETIRED)}
+        saved = read_yaml(path, [item.name for item in fields(cls)], cls.RETIRED)
     except UserError as error:
         raise UserError(
             f"what the run was started with cannot be read: {str(error).rstrip('.')}; to go on, delete that file and give "
             "the settings again."
         ) from error
+    before = {} if is_shards(str(saved.get("corpus", ""))) else cls.BEFORE  # shards were cut when they were made
+    return {**before, **saved}
 
 
 def size_here(said: Values) -> str:
