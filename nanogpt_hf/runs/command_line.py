@@ -12,7 +12,6 @@ from ..common.errors import UserError
 from ..common.files import check_no_writer, damage
 from ..common.paths import check_model_name
 from ..common.settings import OF_A_START, RunSettings
-from ..data.shards import is_shards
 from ..data.sources import check_corpus
 
 R = TypeVar("R", bound=RunSettings)
@@ -91,7 +90,10 @@ def _settings_in_yaml(cls: type[RunSettings], path: Path) -> dict[str, Any]:
             f"what the run was started with cannot be read: {str(error).rstrip('.')}; to go on, delete that file and give "
             "the settings again."
         ) from error
-    before = {} if is_shards(str(saved.get("corpus", ""))) else cls.BEFORE  # shards were cut when they were made
+    from ..data.shards import is_shards
+
+    # Shards were cut when they were made.
+    before = {} if is_shards(str(saved.get("corpus", ""))) else cls.BEFORE
     return {**before, **saved}
 
 
