@@ -85,7 +85,9 @@ def hold_out(files: Sequence[Sequence[str]], percent: int) -> tuple[dict[str, li
     """
     if len(files) * percent < 100 * MANY_FILES or percent == 100:
         each = "each file" if len(files) > 1 else "the text"
-        return split_at_the_end(files, percent), f"the last {percent}% of {each}" if percent < 100 else "all of it"
+        return split_at_the_end(
+            files, percent
+        ), f"the last {percent}% of {each}" if percent < 100 else "all of it"
     splits: dict[str, list[str]] = {"train": [], "validation": []}
     for number, documents in enumerate(files):
         is_next = (number + 1) * percent // 100 > number * percent // 100

@@ -8,9 +8,7 @@ from .readers import Reading, kind_of
 from .sources import Source, list_skipped
 
 
-def lines_on_files(
-    name: str, source: Source, characters: Mapping[str, int] | None = None
-) -> list[str]:
+def lines_on_files(name: str, source: Source, characters: Mapping[str, int] | None = None) -> list[str]:
     """What is read and what is not.
 
     Args:

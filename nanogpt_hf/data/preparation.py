@@ -173,7 +173,9 @@ def prepare(
         say(f"shards     in {folder} since before, and whole")
         return read_index(folder)
     notice = [f"NOTE: {source.notice}"] if source.notice else []
-    source.held_out = source.held_out or f"{validation_split_percentage:g}% of all stretches of {UNIT:,} characters"
+    source.held_out = (
+        source.held_out or f"{validation_split_percentage:g}% of all stretches of {UNIT:,} characters"
+    )
     for line in [*notice, *lines_on_files(without_home(corpus), source)]:
         say(line)
     index = _make(chain([first], stream), source, state, folder, about, encoder, num_proc)
