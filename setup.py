@@ -42,6 +42,7 @@ setup(
         "pyyaml>=6.0",
         "requests>=2.32",
         "rich>=13.9",
+        "tiktoken>=0.8",
         "tqdm>=4.66",
         "wrapt>=1.16",
     ],

@@ -96,11 +96,11 @@ def fetch(url: str, sha256: str, folder: Path, offline: bool) -> str:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         # Looking up the host has no time limit, and each of its addresses gets a connection's whole limit. So
         # a thread asks first, and is not waited for beyond the time a working network needs.
-        answers = []
+        answers: list[bool] = []
 
         def ask() -> None:
-            with suppress(Exception):
-                answers.append(requests.get(url, stream=True, timeout=4).close())
+            with suppress(Exception), requests.get(url, stream=True, timeout=4):
+                answers.append(True)
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()

@@ -87,10 +87,11 @@ class Encoder:
             raise UserError(
                 "the corpus holds half of a surrogate pair, which is not Unicode text."
             ) from error
-        if self.encode_text:
-            ids = map(self.encode_text, texts)
-        else:
-            ids = encode_each(self.tokenizer, texts, self.special_tokens)
+        ids: Iterator[np.ndarray] = (
+            map(self.encode_text, texts)
+            if self.encode_text
+            else encode_each(self.tokenizer, texts, self.special_tokens)
+        )
         end = np.array([self.tokenizer.eos_token_id], dtype=self.dtype)
         parts = [np.zeros(0, dtype=self.dtype)]
         for unit, part in zip(chosen, ids, strict=True):

@@ -22,7 +22,8 @@ from ..common.errors import UserError
 from ..common.text import first_line
 
 Text = Iterable[str]  # a document, in parts
-Reader = Callable[[IO[bytes], Path, str, "Reading"], Iterator[Text]]
+File = IO[bytes] | gzip.GzipFile
+Reader = Callable[[File, Path, str, "Reading"], Iterator[Text]]
 
 PART = 2**20  # bytes of a text that are read at once
 SAMPLE = 2**16  # bytes that tell text from what is none
@@ -79,7 +80,7 @@ def read_file(path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
             raise _refusal(path)
         with path.open("rb") as raw:
             reading.file = raw
-            stream = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+            stream: File = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
             try:
                 yield from READERS.get(kind_of(path), read_text)(stream, path, text_column, reading)
             finally:
@@ -101,12 +102,12 @@ def _refusals(path: Path) -> Iterator[None]:
 # --- the readers ---
 
 
-def read_text(file: IO[bytes], path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
+def read_text(file: File, path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
     """The whole file is one document."""
     yield _decoded(file, path)
 
 
-def _decoded(file: IO[bytes], path: Path) -> Iterator[str]:
+def _decoded(file: File, path: Path) -> Iterator[str]:
     decoder, ended, start = codecs.getincrementaldecoder("utf-8")(), False, 0
     with _refusals(path):
         try:
@@ -119,7 +120,7 @@ def _decoded(file: IO[bytes], path: Path) -> Iterator[str]:
             raise _not_utf8(path, f"at byte {start + error.start}", error) from error
 
 
-def read_jsonl(file: IO[bytes], path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
+def read_jsonl(file: File, path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
     """Each line is a JSON object, and its text a document."""
     # Not through datasets, which (5.2.0) takes texts that look like dates for dates: when a block of a file
     # holds only such, "2020-01-01" silently becomes "2020-01-01 00:00:00".
@@ -139,7 +140,7 @@ def read_jsonl(file: IO[bytes], path: Path, text_column: str, reading: Reading) 
         yield from texts([row[column]], column, where, reading)
 
 
-def read_csv(file: IO[bytes], path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
+def read_csv(file: File, path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
     """The first row names the columns; each other row's text is a document, exactly as it stands."""
     csv.field_size_limit(2**31 - 1)  # for the whole process; the default of 131,072 is less than a document
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -167,7 +168,7 @@ def read_csv(file: IO[bytes], path: Path, text_column: str, reading: Reading) ->
         lines.detach()  # or it would close the file
 
 
-def read_parquet(file: IO[bytes], path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
+def read_parquet(file: File, path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
     """Each row's text is a document."""
     import pyarrow
     import pyarrow.parquet

@@ -129,10 +129,9 @@ def begin(
             for name in ours:
                 delete(folder / name)
             folder.mkdir(parents=True, exist_ok=True)
-            state = State(0, hashlib.sha256().hexdigest(), {split: Counts() for split in SPLITS})
-            commit(folder, about, state)
-        else:
-            state = _state_of(folder, about)
+            begun = State(0, hashlib.sha256().hexdigest(), {split: Counts() for split in SPLITS})
+            commit(folder, about, begun)
+        state = _state_of(folder, about)
         if state is None:
             open_shards(str(folder))
             return None

@@ -301,7 +301,7 @@ def _hub(corpus: str, text_column: str, reading: Reading, own_splits: bool) -> S
     held_out = next((name for name in ("validation", "test") if name in data), None)
     if "train" in data and held_out and own_splits:
         used["validation"] = held_out
-    card = info.card_data or {}
+    card: Any = info.card_data or {}
     language, license = _only(card.get("language")), _only(card.get("license"))
     source = Source({}, f"{repo}@{info.sha}", language, license, reading=reading)
     source.held_out = f"its {held_out} split" if "validation" in used else None

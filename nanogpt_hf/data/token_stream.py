@@ -14,14 +14,15 @@ from ..common.errors import UserError
 ON_DEVICE_BYTES = 2**30  # a corpus up to this size is kept on the device, where batches cost nothing
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def mix(numbers: np.ndarray | np.uint64) -> np.ndarray:
     """Hash of unsigned 64-bit integers: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    x = np.asarray(x, dtype=np.uint64)
+    x: np.ndarray = np.asarray(numbers, dtype=np.uint64)
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def permute(index: np.ndarray, size: int, key: np.ndarray, rounds: int = 6) -> np.ndarray:
@@ -103,11 +104,13 @@ class TokenStream:
         # One epoch: windows side by side from a random offset, in a random order.
         self.windows_per_epoch = max(1, (len(ids) - block_size) // block_size)
         self.offsets = min(block_size, len(ids) - self.windows_per_epoch * block_size)
-        mapped = isinstance(ids, (MappedIds, np.memmap))
-        if not mapped and 4 * len(ids) <= ON_DEVICE_BYTES:
-            self.ids = torch.from_numpy(ids.astype(np.int32)).to(self.device)
+        self.ids: torch.Tensor | MappedIds
+        if isinstance(ids, MappedIds):
+            self.ids = ids
+        elif isinstance(ids, np.memmap) or 4 * len(ids) > ON_DEVICE_BYTES:
+            self.ids = MappedIds([ids])
         else:
-            self.ids = ids if isinstance(ids, MappedIds) else MappedIds([ids])
+            self.ids = torch.from_numpy(ids.astype(np.int32)).to(self.device)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -119,7 +119,7 @@ def extend_tokenizer(
     )
 
     def spell(token: str) -> str:
-        return "".join(backend.id_to_token(ord(letter) - FIRST_LETTER) for letter in token)
+        return "".join(backend.id_to_token(ord(letter) - FIRST_LETTER) or "" for letter in token)
 
     merges = [tuple(map(spell, pair)) for pair in json.loads(learner.to_str())["model"]["merges"]]
     spec = json.loads(backend.to_str())
@@ -153,7 +153,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
             f"({first_line(error)})."
         ) from error
     # Where a folder has no tokenizer, transformers makes up an empty one of the model's type.
-    if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) < 2:
+    if (
+        not isinstance(tokenizer, PreTrainedTokenizerFast)
+        or tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) < 2
+    ):
         raise UserError(
             f"{name_or_path!r} holds no tokenizer in tokenizer.json: save the model's tokenizer there."
         )
@@ -186,7 +189,7 @@ def longest_tokens(tokenizer: PreTrainedTokenizerFast, count: int) -> list[str]:
     Tokens that are pieces of a character are no text.
     """
     ids = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-    texts = [text for text in map(tokenizer.decode, ids) if "\N{REPLACEMENT CHARACTER}" not in text]
+    texts = [text for text in map(str, map(tokenizer.decode, ids)) if "\N{REPLACEMENT CHARACTER}" not in text]
     return sorted(dict.fromkeys(texts), key=len, reverse=True)[:count]
 
 
@@ -225,7 +228,7 @@ def _character_encoder(backend: Tokenizer) -> TextEncoder | None:
 
     def encode_text(text: str) -> np.ndarray:
         points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        ids = table[points]
+        ids: np.ndarray = table[points]
         unknown = ids < 0
         if unknown.any():
             spelt = points[unknown].tobytes().decode("utf-32-le").encode()
@@ -262,7 +265,8 @@ def _subword_encoder(backend: Tokenizer) -> TextEncoder | None:
 
     def encode_text(text: str) -> np.ndarray:
         parts = [np.array(encoding.encode_ordinary(piece), dtype=np.int64) for piece in pieces(text)]
-        return ids[np.concatenate(parts)]
+        found: np.ndarray = ids[np.concatenate(parts)]
+        return found
 
     return encode_text
 
