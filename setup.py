@@ -65,6 +65,7 @@ setup(
             "types-requests",
             "types-tqdm",
         ],
+        "play": ["gradio>=6.31"],
         "verse": ["pronouncing>=0.3", "silero-stress>=1.5"],
         "trl": ["trl>=1.16"],
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],

@@ -6,12 +6,14 @@
     python recipes/share.py --model runs/my_adapter --merge --output_dir plain
     python recipes/share.py --model runs/tiny_shakespeare-char --hub_format gguf --output_dir shakespeare-gguf
     python recipes/share.py --model runs/tiny_shakespeare-char --page page
+    python recipes/share.py --model runs/tiny_shakespeare-char --space my-space --push_to_hub
     python recipes/share.py --from_nanogpt out-shakespeare-char --output_dir runs/from_nanogpt
 
 The model is written as an ordinary GPT-2, Qwen3 or Llama checkpoint, which needs no code of this project, or as a GGUF for
 llama.cpp, Ollama and LM Studio, or as ONNX for transformers.js; an adapter as it is, or with --merge as the whole
 model. Uploading needs a token: `hf auth login`. Doing it again sends only what has changed. --page makes a folder with a
-page that writes in the visitor's browser, for any web server or a static Space. The other way, a checkpoint of nanoGPT
+page that writes in the visitor's browser, for any web server or a static Space; --space the page of play.py as a Gradio
+Space, and --push_to_hub uploads that. The other way, a checkpoint of nanoGPT
 becomes a run folder, with which all else here works.
 """
 
@@ -23,8 +25,9 @@ from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.sharing.export import export_run
-from nanogpt_hf.sharing.hub import check_push, push
+from nanogpt_hf.sharing.hub import check_push, push, push_space
 from nanogpt_hf.sharing.nanogpt_import import GPT2_TOKENIZER, import_nanogpt
+from nanogpt_hf.sharing.space import write_space
 from nanogpt_hf.sharing.static_page import write_page
 
 
@@ -42,6 +45,8 @@ class ShareSettings:
     merge: bool = setting(False, "merge an adapter into its base")
     output_dir: str | None = setting(None, "write the checkpoint into this folder")
     page: str | None = setting(None, "write a page that runs the model in the browser into this folder")
+    space: str | None = setting(None, "write the page of play.py as a Gradio Space into this folder")
+    push_to_hub: bool = setting(False, "upload that Space, to --hub_model_id or by its folder's name")
     from_nanogpt: str | None = setting(None, "nanoGPT's out_dir, whose ckpt.pt to write into --output_dir")
     text: str | None = setting(None, "the text that nanoGPT's characters are from, if there is no meta.pkl")
     tokenizer: str = setting(GPT2_TOKENIZER, "that nanoGPT's subwords are from, a folder or Hub id")
@@ -53,11 +58,17 @@ class ShareSettings:
             )
         if self.model is None and self.from_nanogpt is None:
             raise UserError("--model is missing: give a run folder.")
-        if self.hub_model_id is None and self.output_dir is None and self.page is None:
-            raise UserError("there is nothing to do: give --hub_model_id, --output_dir or --page.")
+        if not (self.hub_model_id or self.output_dir or self.page or self.space):
+            raise UserError("there is nothing to do: give --hub_model_id, --output_dir, --page or --space.")
+        if self.push_to_hub and not self.space:
+            raise UserError("--push_to_hub uploads what --space writes: give a folder for it.")
         if self.quantization != "f32" and self.hub_format != "gguf":
             raise UserError(f"--quantization {self.quantization} is of a GGUF: add --hub_format gguf.")
-        for flag, folder in (("--output_dir", self.output_dir), ("--page", self.page)):
+        for flag, folder in (
+            ("--output_dir", self.output_dir),
+            ("--page", self.page),
+            ("--space", self.space),
+        ):
             if folder and Path(folder).is_file():
                 raise UserError(f"{flag} {folder} is a file: give a folder.")
             if folder and Path(folder).is_dir() and any(Path(folder).iterdir()):
@@ -70,8 +81,10 @@ def main() -> None:
         import_nanogpt(settings.from_nanogpt, settings.output_dir, settings.text, settings.tokenizer)
         print(f"written to {settings.output_dir}")
         return
-    if settings.hub_model_id:
-        check_push(settings.hub_model_id, settings.hub_private_repo)
+    name = settings.hub_model_id or (Path(settings.space).resolve().name if settings.push_to_hub else None)
+    if name:
+        kind = "space" if settings.push_to_hub else "model"
+        check_push(name, settings.hub_private_repo, repo_type=kind)
     if settings.output_dir:
         export_run(
             settings.model,
@@ -86,7 +99,12 @@ def main() -> None:
         print(
             f"a page in {settings.page}; look at it: python -m http.server --bind 127.0.0.1 -d {settings.page}"
         )
-    if settings.hub_model_id:
+    if settings.space:
+        write_space(settings.model, settings.space)
+        print(f"a Space in {settings.space}; start it here: python {Path(settings.space) / 'app.py'}")
+    if settings.push_to_hub:
+        print(f"shared at {push_space(settings.space, name, private=settings.hub_private_repo)}")
+    elif settings.hub_model_id:
         options = {
             "private": settings.hub_private_repo,
             "format": settings.hub_format,

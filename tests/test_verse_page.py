@@ -70,7 +70,7 @@ def test_the_page_is_one_file_that_shows_the_texts_as_they_are(page):
     )
     assert "http" not in page and "src=" not in page and "@import" not in page
     assert "<script" not in page and "\x1b" not in page and "<b>" not in page and "<i>" not in page
-    assert "prefers-color-scheme: dark" in page
+    assert "light-dark(" in page
 
 
 def test_stresses_feet_and_rhymes_are_marked(page):

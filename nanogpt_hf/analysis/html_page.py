@@ -4,14 +4,15 @@ import html
 
 from ..common.text import printable
 
-STYLE = """
+# Colours by day and by night, as the page's color-scheme says where they are used.
+COLOURS = """
 :root {
-  color-scheme: light dark;
-  --page: #faf8f4; --card: #ffffff; --ink: #22201c; --dim: #77716a; --edge: #e2ddd4;
+  --page: light-dark(#faf8f4, #171614); --card: light-dark(#ffffff, #201f1c); --ink: light-dark(#22201c, #ece7de);
+  --dim: light-dark(#77716a, #9c958a); --edge: light-dark(#e2ddd4, #38352f);
 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #171614; --card: #201f1c; --ink: #ece7de; --dim: #9c958a; --edge: #38352f; }
-}
+"""
+LAYOUT = """
+:root { color-scheme: light dark; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 17px/1.5 Georgia, "PT Serif", "DejaVu Serif", serif; }
 main { max-width: 78rem; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 1.6rem; margin: 0 0 0.5rem; }
@@ -29,7 +30,7 @@ def whole_page(title: str, body: str, style: str = "", language: str = "en") -> 
     return (
         f'<!doctype html>\n<html lang="{language}">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escaped(title)}</title>\n<style>{STYLE}{style}</style>\n<main>\n<h1>{escaped(title)}</h1>\n"
+        f"<title>{escaped(title)}</title>\n<style>{COLOURS}{LAYOUT}{style}</style>\n<main>\n<h1>{escaped(title)}</h1>\n"
         f"{body}\n</main>\n</html>\n"
     )
 

@@ -18,9 +18,7 @@ WINDOWS_AT_ONCE = 64
 
 # The colour is mixed with what lies behind it, so that the text keeps its own by day and by night.
 STYLE = """
-.surprisal { --hot: #f0673c; }
-@media (prefers-color-scheme: dark) { .surprisal { --hot: #b8360f; } }
-.dark .surprisal { --hot: #b8360f; }
+.surprisal { --hot: light-dark(#f0673c, #b8360f); }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 2rem; }
 .panels h2 { overflow-wrap: anywhere; }
 .surprisal { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; margin: 0.75rem 0; unicode-bidi: plaintext;
@@ -28,8 +26,9 @@ STYLE = """
 .surprisal span, .scale span { background: color-mix(in srgb, var(--hot) calc(var(--s) * 85%), transparent); }
 .surprisal .given { color: color-mix(in srgb, currentColor 55%, transparent); }
 .surprisal i { font-style: normal; opacity: 0.4; }
-.surprisal span:hover { outline: 2px solid currentColor; }
-.surprisal span:hover::after { content: attr(data-tip); position: fixed; z-index: 99; left: 0; right: 0; bottom: 0;
+/* Under the mouse; where there is none, what was touched. */
+.surprisal span:hover, .surprisal:not(:has(span:hover)) span:focus { outline: 2px solid currentColor; }
+.surprisal span:hover::after, .surprisal:not(:has(span:hover)) span:focus::after { content: attr(data-tip); position: fixed; z-index: 99; left: 0; right: 0; bottom: 0;
   padding: 0.6rem 1.5rem; background: #22201c; color: #f7f3ea; white-space: pre-wrap; font-size: 0.95rem; line-height: 1.5; }
 .scale { display: flex; max-width: 24rem; margin: 0.5rem 0 0; font-size: 0.85rem; gap: 0.75rem; align-items: center; }
 .scale b { flex: 1; display: flex; }
@@ -124,6 +123,13 @@ def bits_of_characters(cells: Sequence[Cell]) -> np.ndarray:
     return np.concatenate([*bits, np.zeros(0)])
 
 
+def mean_words(cells: Sequence[Cell]) -> str:
+    """What the text costs, in words."""
+    bits = bits_of_characters(cells)
+    known = bits[np.isfinite(bits)]
+    return f"{known.mean():.2f} bits per character here" if len(known) else "nothing to predict"
+
+
 def scale_of(panels: Sequence[Sequence[Cell]]) -> float:
     """Bits of a character that have the strongest colour: of the best model, or a hopeless one would wash it out."""
     known = [bits[np.isfinite(bits)] for bits in map(bits_of_characters, panels)]
@@ -147,7 +153,7 @@ def _span(text: str, cell: Cell, scale: float) -> str:
         return f'<span class="given" style="--s:0" data-tip="given, not predicted">{shown}</span>'
     share = min(1.0, cell.bits / len(text) / scale)
     tip = escaped("\n".join(_tip(text, cell))).replace("\n", "&#10;")
-    return f'<span style="--s:{share:.2f}" data-tip="{tip}">{shown}</span>'
+    return f'<span tabindex="-1" style="--s:{share:.2f}" data-tip="{tip}">{shown}</span>'
 
 
 def _tip(text: str, cell: Cell) -> Iterator[str]:
@@ -182,11 +188,7 @@ def surprisal_page(title: str, passage: str, panels: Mapping[str, Sequence[Cell]
     """
     scale, parts = scale_of([*panels.values()]), []
     for name, cells in panels.items():
-        bits = bits_of_characters(cells)
-        known = bits[np.isfinite(bits)]
-        mean = f"{known.mean():.2f} bits per character here" if len(known) else "nothing to predict"
-        parts.append(
-            f"<section><h2>{escaped(name)}</h2>\n<p>{mean}</p>\n{coloured(passage, cells, scale)}</section>"
-        )
+        words = f"<h2>{escaped(name)}</h2>\n<p>{mean_words(cells)}</p>"
+        parts.append(f"<section>{words}\n{coloured(passage, cells, scale)}</section>")
     body = f'{legend(scale)}\n<div class="panels">\n' + "\n".join(parts) + "\n</div>"
     return whole_page(title, body, STYLE)

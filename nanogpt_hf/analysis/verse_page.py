@@ -14,14 +14,10 @@ HUES = 8  # of rhymes, as many as STYLE has
 
 STYLE = """
 :root {
-  --foot: #f1ece2; --wrong: #c4161c;
-  --r0: #1d5fbf; --r1: #b35300; --r2: #177a3a; --r3: #7a37b8; --r4: #0b7480; --r5: #b0237d; --r6: #806000; --r7: #4c6b00;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --foot: #2d2a26; --wrong: #ff7b72;
-    --r0: #7db5ff; --r1: #ffab66; --r2: #6ed192; --r3: #cda2ff; --r4: #5fd0dc; --r5: #ff8fcf; --r6: #e3bf55; --r7: #b5d167;
-  }
+  --foot: light-dark(#f1ece2, #2d2a26); --wrong: light-dark(#c4161c, #ff7b72);
+  --r0: light-dark(#1d5fbf, #7db5ff); --r1: light-dark(#b35300, #ffab66); --r2: light-dark(#177a3a, #6ed192);
+  --r3: light-dark(#7a37b8, #cda2ff); --r4: light-dark(#0b7480, #5fd0dc); --r5: light-dark(#b0237d, #ff8fcf);
+  --r6: light-dark(#806000, #e3bf55); --r7: light-dark(#4c6b00, #b5d167);
 }
 .poems { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1rem; margin-top: 1rem; }
 article { background: var(--card); border: 1px solid var(--edge); border-radius: 6px; padding: 1rem 1rem 0.75rem; }
@@ -66,7 +62,7 @@ def draw_verse(
     sections = []
     for heading, texts in groups.items():
         shown = zip(texts, scan(texts, form), strict=True)
-        poems = "\n".join(f"<article>\n{_article(text, poem, form)}\n</article>" for text, poem in shown)
+        poems = "\n".join(f"<article>\n{article_of(text, poem, form)}\n</article>" for text, poem in shown)
         note = escaped((notes or {}).get(heading, ""))
         sections.append(f'<h2>{escaped(heading)}</h2>\n<p>{note}</p>\n<div class="poems">\n{poems}\n</div>')
     page = whole_page(title, "\n".join([LEGEND, *sections]), STYLE, form.language)
@@ -74,8 +70,12 @@ def draw_verse(
         (folder / path.name).write_text(page, encoding="utf-8")
 
 
-def _article(text: str, poem: Poem, form: Form) -> str:
-    """The lines of a text, those that are no verse too."""
+def article_of(text: str, poem: Poem, form: Form) -> str:
+    """The lines of a text in HTML, those that are no verse too.
+
+    Args:
+        poem: what `scan` makes of it.
+    """
     letters: dict[int, tuple[str, int | None]] = {}  # line of the poem -> its letter, and the hue of a rhyme
     for number, pair in enumerate(poem.pairs):
         for place in (pair.first, pair.second):

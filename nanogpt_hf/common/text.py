@@ -25,18 +25,22 @@ _ESCAPE = re.compile(
 )
 
 
+def unescaped(text: str) -> str:
+    r"""The text with its escapes for what they mean: \n, \t, \r, \\, \x1b, \u2028, \U0001f600."""
+    return _ESCAPE.sub(lambda found: codecs.decode(found[0], "unicode_escape"), text)
+
+
 def spelt_out(word: str) -> str:
-    r"""A text from a command line with its escapes for what they mean: \n, \t, \r, \\, \x1b, \u2028, \U0001f600.
+    """A word of a command line as the text that is meant, its escapes too.
 
     Raises:
         UserError: it is not UTF-8.
     """
     try:
         # Python spells the bytes of an argument as surrogates where the locale is not UTF-8.
-        text = os.fsencode(word).decode("utf-8")
+        return unescaped(os.fsencode(word).decode("utf-8"))
     except UnicodeError as error:
         raise UserError(f"{word!r} is not UTF-8: give it as such.") from error
-    return _ESCAPE.sub(lambda found: codecs.decode(found[0], "unicode_escape"), text)
 
 
 def readable(name: str) -> str:

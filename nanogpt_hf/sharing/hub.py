@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -50,7 +50,11 @@ PASSING = (408, 409, 412, 425, 429)  # client errors that another try may not me
 
 
 def check_push(
-    repo_id: str, private: bool = False, timeout: float = 30.0, tell: Callable[[str], None] = print
+    repo_id: str,
+    private: bool = False,
+    timeout: float = 30.0,
+    tell: Callable[[str], None] = print,
+    repo_type: Literal["model", "space"] = "model",
 ) -> None:
     """Find out, without changing anything, whether an upload could ever work.
 
@@ -61,6 +65,7 @@ def check_push(
         repo_id: NAME or OWNER/NAME.
         timeout: seconds that each of at most three requests may take.
         tell: prints a line.
+        repo_type: of what is to be uploaded.
 
     Raises:
         UserError: there is no token, it is not accepted or may not write there, the name is not valid, or a
@@ -88,8 +93,8 @@ def check_push(
             owner, _, name = repo_id.rpartition("/")
             owner = owner or user["name"]
             try:
-                info = api.model_info(f"{owner}/{name}", timeout=timeout)
-                api.auth_check(f"{owner}/{name}", write=True)
+                info = api.repo_info(f"{owner}/{name}", repo_type=repo_type, timeout=timeout)
+                api.auth_check(f"{owner}/{name}", repo_type=repo_type, write=True)
             except RepositoryNotFoundError:
                 info = None
     except FAILURES as error:
@@ -177,9 +182,49 @@ def push(
     return f"{api.endpoint}/{repo_id}"
 
 
-def _upload(api: HfApi, repo_id: str, folder: Path, private: bool, timeout: float) -> None:
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    info = api.model_info(repo_id, timeout=timeout)
+def push_space(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    pauses: tuple[float, ...] = PAUSES,
+    timeout: float = TIMEOUT,
+    tell: Callable[[str], None] = print,
+) -> str:
+    """Upload the folder of a Gradio Space in one commit; the arguments are those of `push`.
+
+    Returns:
+        The address of the Space.
+
+    Raises:
+        UserError: no try succeeded, or none can.
+    """
+    api = HfApi()
+    try:
+        if "/" not in repo_id:
+            repo_id = f"{_persist(api.whoami, pauses, timeout, tell)['name']}/{repo_id}"
+        _persist(
+            lambda: _upload(api, repo_id, Path(folder), private, timeout, "space"), pauses, timeout, tell
+        )
+    except FAILURES as error:
+        raise UserError(
+            f"the upload to {repo_id} failed ({_reason(error)}); the Space is complete in {folder}, try again with: "
+            f"{shlex.join(['hf', 'upload', repo_id, str(folder), '.', '--type', 'space'])}"
+        ) from None
+    return f"{api.endpoint}/spaces/{repo_id}"
+
+
+def _upload(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    private: bool,
+    timeout: float,
+    repo_type: Literal["model", "space"] = "model",
+) -> None:
+    sdk = "gradio" if repo_type == "space" else None
+    api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
+    info = api.repo_info(repo_id, repo_type=repo_type, timeout=timeout)
     if private and not info.private:
         raise UserError(_is_public(repo_id))
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
@@ -187,7 +232,8 @@ def _upload(api: HfApi, repo_id: str, folder: Path, private: bool, timeout: floa
     api.create_commit(
         repo_id,
         [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
-        commit_message="Upload model",
+        commit_message=f"Upload {repo_type}",
+        repo_type=repo_type,
         parent_commit=info.sha,
     )
 
