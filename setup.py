@@ -27,6 +27,7 @@ setup(
         "tokenizers>=0.23",
         "datasets>=4.0",
         "accelerate>=1.15",
+        "charset-normalizer>=3.4",
         "evaluate>=0.4.6",
         "filelock>=4.0",
         "peft>=0.18",
@@ -35,6 +36,7 @@ setup(
         "safetensors>=0.5",
         "matplotlib>=3.9",
         "numpy>=1.26",
+        "pyarrow>=17.0",
         "pooch>=1.8",
         "pydivsufsort>=0.0.20",
         "pyyaml>=6.0",
@@ -66,6 +68,6 @@ setup(
         "trl": ["trl>=1.16"],
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],
         "browser": ["playwright>=1.50"],
-        "interop": ["ctranslate2>=4.6", "tiktoken>=0.8"],
+        "interop": ["ctranslate2>=4.6"],
     },
 )

@@ -27,9 +27,10 @@ from transformers.utils import logging as transformers_logging
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
-from nanogpt_hf.data.preparation import Unit, in_order, tasks, units, work, worker_pool
-from nanogpt_hf.data.readers import open_source
+from nanogpt_hf.data.parallel_encoding import Unit, in_order, work, worker_pool
+from nanogpt_hf.data.preparation import tasks, units
 from nanogpt_hf.data.shards import width_of
+from nanogpt_hf.data.sources import open_source
 from nanogpt_hf.data.tokenization import SPELLING, load_tokenizer
 from nanogpt_hf.training.reporting import library_versions
 
@@ -63,7 +64,7 @@ def as_tiktoken(tokenizer: PreTrainedTokenizerFast) -> tiktoken.Encoding:
 def read(settings: Settings) -> list[str]:
     """Documents of the corpus, as many as hold so many characters; of a long one its stretches."""
     texts, size = [], 0
-    for unit in units(open_source(settings.corpus, settings.text_column), False, 2**62):
+    for unit in units(open_source(settings.corpus, settings.text_column), False, 1e-9):
         texts.append(unit.text)
         size += len(unit.text)
         if size >= settings.megacharacters * 1e6:
@@ -80,7 +81,7 @@ def ours(
         for done in [pool.submit(time.sleep, 0.5) for _ in range(settings.num_proc)]:
             done.result()
         started = time.perf_counter()
-        ids = [encoded["train"][0] for _, encoded in in_order(pool, work, stream, 2 * settings.num_proc)]
+        ids = [done.splits["train"][0] for done in in_order(pool, work, stream, 2 * settings.num_proc)]
         return time.perf_counter() - started, np.concatenate(ids)
 
 

@@ -21,29 +21,28 @@ from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole, written_if_possible
 from nanogpt_hf.common.paths import check_model_name, check_unused
-from nanogpt_hf.common.settings import Settings, exclude, setting
+from nanogpt_hf.common.settings import TextSettings, changed, exclude, setting
 from nanogpt_hf.common.tables import table
 
 FILES = ("results.md", "results.json", "surprisal.html")
 
 
 @dataclass(frozen=True)
-class ComparisonSettings(Settings):
+class ComparisonSettings(TextSettings):
     """Settings"""
 
+    validation_split_percentage: int | None = changed(
+        TextSettings,
+        "validation_split_percentage",
+        None,
+        help="percent of the text, at the end of each file, that is measured; default: all of it, or the validation "
+        "split of a named corpus and of what has one of its own",
+        bounds={"ge": 1, "le": 100},
+    )
     runs: list[str] = setting([], "run folders to list, as runs/*", essential=True)
     model: list[str] = setting([], "folders or Hub ids to measure", essential=True)
-    corpus: str = setting(
-        "tiny_shakespeare",
-        "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset",
-        essential=True,
-    )
     output_dir: str | None = setting(
         None, "folder for results.md, results.json and surprisal.html", essential=True
-    )
-    text_column: str = setting("text", "column of a .jsonl, .parquet or Hub dataset that holds the text")
-    validation_split_percentage: int = setting(
-        10, "percent of the text, at its end, that the models have not seen", ge=1, le=99
     )
     n_positions: int | None = setting(None, "context in tokens; default: each model's own, up to 2,048", ge=1)
     stride: int | None = setting(
@@ -103,11 +102,14 @@ def measure_models(settings: ComparisonSettings) -> None:
         context_of,
         measure,
         measure_samples,
+        percentage_held_out,
         sample_texts,
         short_names,
     )
     from nanogpt_hf.analysis.surprisal import ALTERNATIVES, surprisal
     from nanogpt_hf.data.corpora import load_corpus
+    from nanogpt_hf.data.named_corpora import NAMES
+    from nanogpt_hf.data.shards import is_shards
     from nanogpt_hf.model.loading import load_model_and_tokenizer
     from nanogpt_hf.training.hardware import device_type, settle, use_all_cores
     from nanogpt_hf.training.reporting import say
@@ -115,12 +117,21 @@ def measure_models(settings: ComparisonSettings) -> None:
     use_all_cores()
     accelerator = Accelerator(cpu=device_type(settings.use_cpu) == "cpu")
     with accelerator.main_process_first():
-        corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
-    say(accelerator, *([f"NOTE: {corpus.notice}"] if corpus.notice else []))
+        usual = 10 if settings.corpus in NAMES or is_shards(settings.corpus) else 100
+        percent = settings.validation_split_percentage or usual
+        corpus = load_corpus(settings.corpus, percent, **settings.reading_options())
+    say(accelerator, *([f"NOTE: {corpus.notice}"] if corpus.notice else []), *corpus.reading)
     text, start = choose_passage(corpus.validation, settings.passage_start, settings.passage_length)
     rows, panels = [], {}
     for name, given in zip(short_names(settings.model), settings.model, strict=True):
         say(accelerator, f"measuring {name}")
+        held_out = percentage_held_out(given, corpus)
+        if percent == 100 and held_out and not settings.validation_file:
+            say(
+                accelerator,
+                f"NOTE: {name} was trained on this text; --validation_split_percentage {held_out} measures only what "
+                "it has not seen.",
+            )
         model, tokenizer = load_model_and_tokenizer(given)
         model.to(accelerator.device)
         row = {"model": name} | measure(

@@ -16,69 +16,69 @@ one) in 2,000 is held out, as usual for OpenWebText: small, because pretraining 
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_hf.common.cli import parse, run_recipe
-from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.settings import setting
-from nanogpt_hf.data.preparation import prepare
+from nanogpt_hf.common.settings import TextSettings, changed, setting, short_name
+from nanogpt_hf.common.text import printable
+from nanogpt_hf.data.sources import check_corpus
 
 
-@dataclass
-class PreparationSettings:
-    corpus: str = setting(
-        "tiny_shakespeare", "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset"
-    )
-    text_column: str = setting("text", "column of a .jsonl, .parquet or Hub dataset that holds the text")
-    tokenizer: str = setting("openai-community/gpt2", "a tokenizer's folder, or a Hub id")
-    output_dir: str | None = setting(None, "folder for the shards; default data/CORPUS")
-    overwrite_output_dir: bool = setting(False, "replace the shards that are in the folder")
-    validation_split_percentage: float = setting(
+@dataclass(frozen=True)
+class PreparationSettings(TextSettings):
+    """Shards"""
+
+    validation_split_percentage: float = changed(
+        TextSettings,
+        "validation_split_percentage",
         0.05,
-        "percent of the text held out, where the corpus has no validation split; more for less than 100 MB",
+        help="percent of the text that is held out where nothing else is; more for less than 100 MB",
+        bounds={"gt": 0, "lt": 100},
     )
-    shard_tokens: int = setting(10**8, "tokens a shard")
-    num_proc: int = setting(0, "processes that tokenise; default: one a core")
+    tokenizer: str = setting("openai-community/gpt2", "a tokenizer's folder, or a Hub id", essential=True)
+    output_dir: str | None = setting(None, "folder for the shards; default data/CORPUS", essential=True)
+    overwrite_output_dir: bool = setting(False, "replace the shards that are in the folder")
+    shard_tokens: int = setting(10**8, "tokens per shard", ge=1)
+    num_proc: int = setting(0, "processes that tokenise; default: one per core", ge=0)
 
-    def __post_init__(self):
-        if not 0 < self.validation_split_percentage <= 50:
-            raise UserError(
-                f"--validation_split_percentage is {self.validation_split_percentage}, it must be more than 0 and at "
-                "most 50."
-            )
-        for name, least in (("shard_tokens", 1), ("num_proc", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least {least}.")
-        self.output_dir = os.path.expanduser(
-            self.output_dir or f"data/{Path(self.corpus.rstrip('/*')).stem or 'corpus'}"
-        )
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.num_proc = self.num_proc or cores
+    def folder(self) -> str:
+        return self.output_dir or str(Path("data", short_name(self.corpus)))
 
 
-def main() -> None:
-    settings = parse(PreparationSettings, __doc__)
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(PreparationSettings, __doc__, argv)
+    for name, what in ((settings.corpus, "Corpus"), (settings.validation_file, "--validation_file")):
+        if name is not None:
+            check_corpus(name, what)
+    from nanogpt_hf.data.preparation import prepare  # with torch, which takes seconds
+
     started = time.perf_counter()
     index = prepare(
         settings.corpus,
-        os.path.expanduser(settings.tokenizer),
-        settings.output_dir,
-        text_column=settings.text_column,
+        settings.tokenizer,
+        settings.folder(),
         validation_split_percentage=settings.validation_split_percentage,
         shard_tokens=settings.shard_tokens,
-        num_proc=settings.num_proc,
+        num_proc=settings.num_proc or cores(),
         overwrite=settings.overwrite_output_dir,
+        say=lambda line: print(printable(line), flush=True),
+        **settings.reading_options(),
     )
-    if index["corpus"]["notice"]:
-        print(f"NOTE: {index['corpus']['notice']}")
+    characters = sum(split["characters"] for split in index["splits"].values())
     for name, split in index["splits"].items():
         print(
-            f"{name:10}  {split['tokens']:,} tokens, {split['documents']:,} documents, {split['characters']:,} "
-            f"characters in {len(split['shards'])} shards of {index['dtype']}"
+            f"{name:10} {split['tokens']:,} tokens, {split['documents']:,} documents, {split['characters']:,} "
+            f"characters ({split['characters'] / characters:.2%}) in {len(split['shards'])} shards of {index['dtype']}"
         )
-    print(f"{settings.output_dir}, {time.perf_counter() - started:.1f} s")
-    print(f"train on it   accelerate launch recipes/pretrain.py --corpus {settings.output_dir}")
+    print(f"{settings.folder()}, {time.perf_counter() - started:.1f} s")
+    print(f"train on it   accelerate launch recipes/pretrain.py --corpus {settings.folder()}")
 
 
 if __name__ == "__main__":

@@ -1,70 +1,91 @@
-"""Pretrain a GPT on a corpus of any size: GPT-2 (124M) on OpenWebText with no other flag.
+"""Pretrain a GPT on a corpus of any size: as good as it gets in the time or the tokens that there are.
 
-    accelerate launch recipes/pretrain.py --corpus data/openwebtext --preset gpt2
+    accelerate launch recipes/pretrain.py --corpus data/openwebtext                     # GPT-2's size, 20 tokens a parameter
+    accelerate launch recipes/pretrain.py --corpus data/openwebtext --max_minutes 10
     accelerate launch --config_file accelerate_configs/gpus_ddp.yaml --num_processes 2 recipes/pretrain.py \\
-        --corpus data/openwebtext --preset gpt2 --max_steps 500
+        --corpus data/openwebtext --preset gpt2-medium --train_tokens 1e9
+    accelerate launch recipes/pretrain.py --corpus data/openwebtext --architecture gpt2 # exactly GPT-2
     accelerate launch recipes/pretrain.py --corpus tiny_shakespeare --preset cpu --tokenizer bpe   # a laptop
     accelerate launch recipes/pretrain.py --corpus data/mine --preset cpu --tokenizer data/mine    # your shards
 
 --corpus is a folder of shards, made by prepare_corpus.py, whose tokenizer is then the default; or any text that the
-other recipes take. A step has 512 x 1,024 tokens, on however many devices: --gradient_accumulation_steps follows from
-their number and --per_device_train_batch_size, unless it is given.
+other recipes take. The length is --train_tokens, --max_steps, --num_train_epochs or --max_minutes; without any, 20 tokens a
+parameter, but no text more than four times. The learning rates come down to zero at its end, and the batch is the
+one that takes the least time for that length (runs/budget.py), on however many devices.
+
+nanoGPT's settings for GPT-2 (--gradient_accumulation_steps is for one device):
+
+    accelerate launch recipes/pretrain.py --corpus data/openwebtext --architecture gpt2 --optim adamw --learning_rate 6e-4 \\
+        --vector_learning_rate 6e-4 --lr_scheduler_type cosine_with_min_lr --warmup_steps 2000 --max_steps 600000 \\
+        --per_device_train_batch_size 32 --gradient_accumulation_steps 16
 """
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nanogpt_hf.common.cli import run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.runs.command_line import preset_here, read_settings
 
-SEQUENCES = (
-    512  # a step: 512 x 1,024 tokens are the 0.5M of GPT-3 (Brown et al. 2020, table 2.1) and of nanoGPT
-)
-
-# GPT-2's paper says neither learning rates nor schedule. Learning rates: those of GPT-3's sizes of the same name; 6e-4
-# is nanoGPT's too. Adam's betas, weight decay, clipping and cosine: GPT-3's appendix B. 600,000 steps of nanoGPT are
-# 300 billion tokens; dropout is nanoGPT's for pretraining.
-GPT2 = dict(
-    architecture="gpt2",
+# benchmarks/RESULTS.md has the sweeps of what is not somebody's. Betas, weight decay and clipping are GPT-3's (Brown et
+# al. 2020, appendix B).
+DEFAULTS = dict(
+    architecture="qwen3",
     dropout=0.0,
-    learning_rate=6e-4,
-    lr_scheduler_type="cosine_with_min_lr",
-    warmup_steps=2000,
+    optim="muon",
+    muon_learning_rate=0.02,
+    muon_momentum=0.9,
+    vector_learning_rate=0.03,
     weight_decay=0.1,
     adam_beta1=0.9,
     adam_beta2=0.95,
-    max_steps=600_000,
-    per_device_train_batch_size=32,  # 64 took 22.6 GiB on an H200 in bfloat16
+    lr_scheduler_type="linear",
+    warmup_steps=0.05,
+    max_steps=None,
     eval_steps=1000,
     save_steps=1000,
 )
-BY_PRESET = {
-    "cpu": dict(architecture="gpt2", dropout=0.0, learning_rate=1e-3, per_device_train_batch_size=8),
-    "gpt2": GPT2,
-    "gpt2-medium": GPT2 | dict(learning_rate=3e-4, per_device_train_batch_size=16),
-    "gpt2-large": GPT2 | dict(learning_rate=2.5e-4, per_device_train_batch_size=8),
-    "gpt2-xl": GPT2 | dict(learning_rate=2e-4, per_device_train_batch_size=4),
-}
+ON_A_CPU = dict(attn_implementation="eager", muon_learning_rate=0.03, learning_rate=0.02)
+SEQUENCES_AT_ONCE = {
+    "cpu": 8,
+    "gpt2-medium": 16,
+    "gpt2-large": 8,
+    "gpt2-xl": 4,
+}  # others 32: 13 GiB at GPT-2's size
 
 
 def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
-    """By preset, corpus and number of processes."""
+    """By preset, length, corpus and number of processes."""
     from nanogpt_hf.data.shards import is_shards
+    from nanogpt_hf.model.presets import find_preset
+    from nanogpt_hf.runs import budget
+    from nanogpt_hf.training.hardware import device_type
 
     preset = preset_here(said, without_gpu="cpu", with_gpu="gpt2")
-    corpus = str(said.get("corpus", ""))
-    chosen = {"preset": preset, "tokenizer": "openai-community/gpt2"} | BY_PRESET.get(preset, GPT2)
+    size, corpus = find_preset(preset), str(said.get("corpus", ""))
+    at_once = SEQUENCES_AT_ONCE.get(preset, 32)
+    chosen = DEFAULTS | {"preset": preset, "tokenizer": "openai-community/gpt2"}
     if is_shards(corpus):
         chosen["tokenizer"] = corpus
-        chosen["output_dir"] = f"runs/{Path(corpus).resolve().name}-{preset}"
-    if preset != "cpu":
-        each = str(said.get("per_device_train_batch_size", chosen["per_device_train_batch_size"]))
-        if each.isdecimal() and int(each):  # what else a user gives is refused with the other settings
-            at_once = int(each) * int(os.environ.get("WORLD_SIZE", "1"))
-            chosen["gradient_accumulation_steps"] = max(1, round(SEQUENCES / at_once))
+        chosen["output_dir"] = f"runs/{os.path.basename(os.path.realpath(corpus))}-{preset}"
+    length_is_said = any(said.get(name) for name in budget.LENGTHS)
+    if preset == "cpu":
+        length = {} if length_is_said else {"max_steps": 2000}
+        return chosen | ON_A_CPU | length | {"per_device_train_batch_size": at_once}
+    # A tied embedding of twice the width takes steps shorter by the root of two, as in nanochat.
+    chosen["learning_rate"] = round(3e-3 * (768 / size.n_embd) ** 0.5, 5)
+    if said.get("architecture") in (None, "qwen3", "modern") and not said.get("n_embd"):
+        chosen["n_head"] = budget.heads_of(preset)
+    tokens = budget.planned_tokens(said, size, device_type(bool(said.get("use_cpu"))))
+    if not length_is_said:
+        chosen["train_tokens"] = tokens
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    block_size = said.get("n_positions") or size.n_positions
+    sequences = budget.sequences_per_step(tokens, said.get("max_steps"), block_size, devices)
+    each = said.get("per_device_train_batch_size") or min(at_once, max(1, sequences // devices))
+    chosen["per_device_train_batch_size"] = each
+    chosen["gradient_accumulation_steps"] = max(1, round(sequences / (each * devices)))
     return chosen
 
 

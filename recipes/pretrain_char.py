@@ -29,17 +29,17 @@ DEFAULTS = {
     ),
     "baby": dict(
         architecture="qwen3",
-        n_positions=512,
+        n_positions=1024,
         dropout=0.3,
         optim="muon",
         muon_learning_rate=0.015,
         learning_rate=3e-3,
         weight_decay=1.0,
-        per_device_train_batch_size=32,
-        max_steps=3000,
+        per_device_train_batch_size=16,
+        max_steps=4000,
         logging_steps=50,
         eval_steps=250,
-        save_steps=1500,
+        save_steps=2000,
     ),
 }
 

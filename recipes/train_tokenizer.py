@@ -7,7 +7,6 @@
 It prints what a token holds, as a row of the table in tokenizers/README.md. The same text gives the same bytes.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
-from nanogpt_hf.common.settings import setting
-from nanogpt_hf.data.corpora import Corpus, load_corpus
-from nanogpt_hf.data.tokenization import encode_documents, longest_tokens, make_tokenizer
+from nanogpt_hf.common.settings import TextSettings, as_file_name, changed, setting, short_name
+from nanogpt_hf.common.text import printable
+from nanogpt_hf.data.corpora import AnyCorpus, load_corpus
+from nanogpt_hf.data.tokenization import longest_tokens, make_tokenizer
 
 HEADER = (
     "| tokenizer | tokens | characters a token, training | validation | longest tokens |\n"
@@ -28,28 +28,34 @@ HEADER = (
 )
 
 
-@dataclass
-class TokenizerSettings:
-    corpus: str = setting(
-        "tiny_shakespeare", "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset"
+@dataclass(frozen=True)
+class TokenizerSettings(TextSettings):
+    """Tokenizer"""
+
+    validation_split_percentage: int = changed(
+        TextSettings,
+        "validation_split_percentage",
+        10,
+        help="percent of the text, at the end of each file, from which bpe learns nothing",
     )
-    text_column: str = setting("text", "column of a .jsonl, .parquet or Hub dataset that holds the text")
-    validation_split_percentage: int = setting(
-        10, "percent of the text, at its end, from which bpe learns nothing"
+    kind: Literal["char", "bpe"] = setting(
+        "bpe", "char: a token per character; bpe: byte-level BPE as GPT-2's", essential=True
     )
-    kind: Literal["char", "bpe"] = setting("bpe", "char: a token a character; bpe: byte-level BPE as GPT-2's")
     vocab_size: int = setting(
-        1024, "tokens of a bpe tokenizer, the 256 bytes and the end-of-text token among them"
+        1024,
+        "tokens of a bpe tokenizer, the 256 bytes and the end-of-text token among them",
+        essential=True,
+        ge=1,
     )
     output_dir: str | None = setting(
-        None, "folder; default tokenizers/CORPUS-KIND, for bpe with its vocab_size"
+        None, "folder; default tokenizers/CORPUS-KIND, for bpe with its vocab_size", essential=True
     )
     overwrite_output_dir: bool = setting(False, "replace the tokenizer that is in the folder")
 
     def folder(self) -> Path:
-        corpus = re.sub(r"[^\w.-]+", "-", Path(self.corpus.rstrip("/*")).stem) or "corpus"
-        size = f"-{self.vocab_size}" if self.kind == "bpe" else ""
-        return Path(self.output_dir or f"tokenizers/{corpus}-{self.kind}{size}")
+        size = [str(self.vocab_size)] if self.kind == "bpe" else []
+        name = as_file_name(short_name(self.corpus), self.kind, *size)
+        return Path(self.output_dir or Path("tokenizers", name))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--output_dir {folder} exists: give another, or --overwrite_output_dir for a folder."
         )
-    corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
-    if corpus.notice:
-        print(f"NOTE: {corpus.notice}")
+    corpus = load_corpus(settings.corpus, settings.validation_split_percentage, **settings.reading_options())
+    for line in [*([f"NOTE: {corpus.notice}"] if corpus.notice else []), *corpus.reading]:
+        print(printable(line))
     tokenizer = make_tokenizer(settings.kind, corpus.train, settings.vocab_size, corpus.validation)
     if settings.kind == "bpe" and len(tokenizer) < settings.vocab_size:
         print(f"NOTE: the text has merges for {len(tokenizer):,} tokens only.")
@@ -70,18 +76,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer.save_pretrained(staging)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
-    print(HEADER, row(folder.name, tokenizer, corpus), sep="\n")
+    print(HEADER, printable(row(folder.name, tokenizer, corpus)), sep="\n")
 
 
-def row(name: str, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> str:
+def row(name: str, tokenizer: PreTrainedTokenizerFast, corpus: AnyCorpus) -> str:
     """A row of the table: name, vocabulary, characters a token on both splits, longest tokens decoded.
 
     Where every token is one character, these are the corpus's alphabet, 40 at a time.
     """
-    per_token = [
-        sum(map(len, documents)) / len(encode_documents(tokenizer, documents))
-        for documents in (corpus.train, corpus.validation)
-    ]
+    splits = ("train", "validation")
+    per_token = [corpus.characters(split) / len(corpus.ids(split, tokenizer)) for split in splits]
     tokens = longest_tokens(tokenizer, 8)
     if len(tokens[0]) == 1:
         alphabet = "".join(sorted(set().union(*corpus.train, *corpus.validation)))

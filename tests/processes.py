@@ -57,7 +57,7 @@ def train_here(words: list[str], change_model=None, make_accelerator=make_accele
     settings = parse(TrainingSettings, None, argv=words)
     AcceleratorState._reset_state(reset_partial_state=True)  # each run has its own precision
     accelerator = make_accelerator(settings)
-    corpus = load_corpus(settings.corpus, settings.validation_split_percentage, settings.text_column)
+    corpus = load_corpus(settings.corpus, settings.validation_split_percentage, **settings.reading_options())
     set_seed(settings.seed)
     tokenizer, model = make_tokenizer_and_model(settings, corpus)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)

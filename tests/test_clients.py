@@ -1,5 +1,6 @@
 """Training tools of others on our own class: peft with its defaults, and TRL's trainers."""
 
+import math
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from nanogpt_hf.data.tokenization import train_char_tokenizer
 TEXT = (
     "Мой дядя самых честных правил, когда не в шутку занемог.\nTo be, or not to be: that is the question.\n"
 )
-ARCHITECTURES = ("gpt2", "modern")
+ARCHITECTURES = ("gpt2", "qwen3")
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +188,32 @@ def test_trl_reward(architecture, tokenizer, tmp_path):
     scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
     rows = [{"chosen": "To be, or not to be", "rejected": "To be or maybe"}] * 8
     train_with_trl("Reward", scorer, tokenizer, rows, tmp_path)
+
+
+# --- lm-eval ---
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lm_eval_measures_the_same_bits_a_byte(architecture, tokenizer, tmp_path):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    from accelerate import Accelerator
+    from lm_eval.api.instance import Instance
+
+    from nanogpt_hf.analysis.comparison import measure
+    from nanogpt_hf.data.corpora import Corpus
+
+    text = (TEXT * 7)[
+        : 64 * 10
+    ]  # whole windows: lm-eval's last one reaches back, ours begins where the one before ends
+    model = make(architecture, tokenizer)
+    corpus = Corpus("poems", [text], [text], "", "", None, None, None)
+    found = measure(model, tokenizer, corpus, Accelerator(cpu=True))
+    judge = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu")
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+    bits = -judge.loglikelihood_rolling([request], disable_tqdm=True)[0] / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)
+    assert found["tokens"] == len(text)
 
 
 # --- transformers' auto classes ---

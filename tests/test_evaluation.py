@@ -197,6 +197,7 @@ def results_of(words, folder):
 def test_models_of_every_kind_stand_in_one_table(folders, corpus, tmp_path, capsys):
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
     words = ["--model", *folders.values(), "--corpus", str(tmp_path / "text.txt")]
+    words += ["--validation_split_percentage", "10"]
     results = results_of(
         [*words, "--samples", "2", "--sample_length", "50", "--passage_length", "200"], tmp_path
     )
@@ -213,9 +214,9 @@ def test_models_of_every_kind_stand_in_one_table(folders, corpus, tmp_path, caps
         assert row["perplexity_per_character"] == pytest.approx(2 ** row["bits_per_character"], rel=1e-9)
         assert [len(text) <= 50 for text in row["samples"]] == [True, True]
         assert 0 <= row["memorized_share"] <= 1 and row["longest_overlap"] >= 1
-    assert rows["char"]["tokens"] == characters - 1
+    assert rows["char"]["tokens"] == characters
     assert rows["new_adapter"]["loss"] == pytest.approx(rows["gpt2"]["loss"], rel=1e-6)
-    assert rows["adapter"]["loss"] != pytest.approx(rows["gpt2"]["loss"], rel=1e-3)
+    assert rows["adapter"]["loss"] != pytest.approx(rows["gpt2"]["loss"], rel=1e-4)
     assert rows["adapter"]["parameters"] > rows["gpt2"]["parameters"]
 
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
@@ -425,13 +426,12 @@ def test_a_model_of_two_documents_stops_after_the_first(tmp_path):
         "The cat sat on the mat and looked at the moon.\n",
         "A dog ran over the hill and barked at stars.\n",
     ]
-    (tmp_path / "texts").mkdir()
-    for number, document in enumerate(documents):
-        (tmp_path / "texts" / f"{number}.txt").write_text(document, encoding="utf-8")
+    rows = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    (tmp_path / "texts.jsonl").write_text(rows, encoding="utf-8")
     AcceleratorState._reset_state(reset_partial_state=True)
     pretrain(
         TrainingSettings(
-            corpus=str(tmp_path / "texts"),
+            corpus=str(tmp_path / "texts.jsonl"),
             output_dir=str(tmp_path / "run"),
             architecture="qwen3",
             n_layer=1,

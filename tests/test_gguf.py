@@ -375,7 +375,7 @@ def test_what_share_writes_runs(source, tmp_path):
         model.save_pretrained(tmp_path / "llama")
         tokenizer.save_pretrained(tmp_path / "llama")
     else:
-        model = native_folder(tmp_path / "run", "modern", tokenizer)
+        model = native_folder(tmp_path / "run", "qwen3", tokenizer)
         export(model, tokenizer, tmp_path / "plain")
     export_run(tmp_path / source, tmp_path / "out", "gguf")
     answers = run_llama_cpp(next((tmp_path / "out").glob("*.gguf")), PROMPTS, 4)

@@ -133,7 +133,7 @@ def test_eight_bits_cost_little(learned):
 
 
 def test_the_folder_is_still_a_plain_checkpoint(learned):
-    model, tokenizer, folder = learned("modern", "bpe")
+    model, tokenizer, folder = learned("qwen3", "bpe")
     ids = torch.tensor([tokenizer(PROMPT).input_ids])
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert type(plain) is Qwen3ForCausalLM
@@ -169,7 +169,7 @@ def test_the_hub_gets_the_graphs_too_and_only_once(hub, learned, tmp_path):
 
 @needs_node
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_transformers_js_has_the_same_ids_and_says_the_same_200_tokens(architecture, kind, learned):
     model, tokenizer, folder = learned(architecture, kind)
     new_tokens = 200 if kind == "char" else 100

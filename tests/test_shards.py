@@ -21,8 +21,8 @@ from processes import Run, digests, finished, metrics, train_here, training_word
 from nanogpt_hf.data import preparation
 from nanogpt_hf.data.corpora import load_corpus
 from nanogpt_hf.data.preparation import prepare, stretches
-from nanogpt_hf.data.readers import open_source
 from nanogpt_hf.data.shards import open_shards, width_of
+from nanogpt_hf.data.sources import open_source
 from nanogpt_hf.data.token_stream import MappedIds, TokenStream
 from nanogpt_hf.data.tokenization import encode, encode_documents, load_tokenizer
 from recipes.pretrain import defaults
@@ -105,8 +105,11 @@ def test_a_document_is_cut_alike_however_its_parts_come(seed, size):
 def test_a_long_text_is_held_out_in_stretches(tmp_path):
     text = "\n".join(documents(6000))
     (tmp_path / "text.txt").write_bytes(text.encode())
-    prepare(str(tmp_path / "text.txt"), TOKENIZER, str(tmp_path / "shards"), validation_split_percentage=25)
-    all_units = list(preparation.units(open_source(str(tmp_path / "text.txt")), False, period=4))
+    unchanged = {"keep_carriage_returns": True, "special_tokens_in_text": "text"}
+    percent = {"validation_split_percentage": 25}
+    prepare(str(tmp_path / "text.txt"), TOKENIZER, str(tmp_path / "shards"), **percent, **unchanged)
+    source = open_source(str(tmp_path / "text.txt"), **unchanged)
+    all_units = list(preparation.units(source, False, 25))
     assert "".join(unit.text for unit in all_units) == text and len(all_units) > 8
     for start in range(0, len(all_units) - 3, 4):
         assert [unit.split for unit in all_units[start : start + 4]].count("validation") == 1
@@ -181,16 +184,16 @@ def test_several_processes_make_the_same_bytes(corpus, shards, tmp_path, monkeyp
 def unfinished(corpus: Path, folder: Path, monkeypatch) -> None:
     """Shards that a process has left in the middle of its work."""
 
-    def dies(*args):
-        if args[2] > 40:
+    def dies(folder, about, state):
+        if state.units > 40:
             raise KeyboardInterrupt
-        return write(*args)
+        return commit(folder, about, state)
 
-    write = preparation.write_progress
+    commit = preparation.commit
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "TASK", 300)
         patch.setattr(preparation, "COMMIT_SECONDS", 0.0)
-        patch.setattr(preparation, "write_progress", dies)
+        patch.setattr(preparation, "commit", dies)
         with pytest.raises(KeyboardInterrupt):
             prepare(str(corpus), TOKENIZER, str(folder), shard_tokens=700)
 
@@ -237,7 +240,11 @@ def test_finished_shards_are_left_alone_and_replaced_when_asked(corpus, shards, 
     "text, options, says",
     [
         ('{"text": "a\\ud800"}\n', "", "half of a surrogate pair"),
-        ('{"text": "a b c"}\n', "", "no text of .* is held out for validation"),
+        (
+            '{"text": "a b c"}\n',
+            "",
+            "holds no text for validation: give more text or a larger --validation_split_percentage",
+        ),
         ('{"text": ""}\n', "", "holds no text"),
         ('{"text": "a"}\n', "--validation_split_percentage 0", "must be more than 0"),
         ('{"text": "a"}\n', "--shard_tokens 0", "--shard_tokens is 0"),

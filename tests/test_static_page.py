@@ -37,7 +37,7 @@ needs_modules = pytest.mark.skipif(
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NAME = "Стихи & <i>"
 SAMPLE = f"{PROMPT}\n</section><script>document.title = 'taken'</script>"
-KINDS = {"gpt2": "char", "modern": "bpe"}
+KINDS = {"gpt2": "char", "qwen3": "bpe"}
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +223,7 @@ def test_at_temperature_0_it_writes_what_sampling_writes_past_the_context_too(ar
 
 @needs_modules
 def test_a_seed_gives_the_text_that_its_numbers_give_in_python(visit, pages):
-    page = visit("modern")
+    page = visit("qwen3")
     for settings in (
         dict(temperature=1.0, top_k=0, top_p=1.0, seed=7),
         dict(temperature=1.7, top_k=12, top_p=1.0, seed=4294967295),
@@ -232,7 +232,7 @@ def test_a_seed_gives_the_text_that_its_numbers_give_in_python(visit, pages):
     ):
         fill(page, Beginning="Now is", Length=80, Temperature=settings["temperature"], Seed=settings["seed"])
         fill(page, Top_k=settings["top_k"], Top_p=settings["top_p"])
-        expected = written_in_python(*pages("modern"), "Now is", 80, **settings)
+        expected = written_in_python(*pages("qwen3"), "Now is", 80, **settings)
         for _ in range(2):
             page.get_by_role("button", name="Write").click()
             assert says(page, "Done").endswith(f"seed {settings['seed']}.")
@@ -241,7 +241,7 @@ def test_a_seed_gives_the_text_that_its_numbers_give_in_python(visit, pages):
 
 @needs_modules
 def test_without_a_seed_each_text_is_another_and_its_seed_gives_it_again(visit):
-    page = visit("modern")
+    page = visit("qwen3")
     fill(page, Beginning="Now is", Length=60, Temperature=1.7)
     texts, seeds = [], []
     for _ in range(3):

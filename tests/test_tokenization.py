@@ -2,7 +2,7 @@
 
 import json
 import os
-import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,16 @@ from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 from nanogpt_hf.data.corpora import load_corpus
 from nanogpt_hf.data.tokenization import (
     CHUNK,
+    LONG_WORD,
     encode,
     encode_documents,
     encode_with_spans,
+    extend_tokenizer,
     load_tokenizer,
     longest_tokens,
     make_tokenizer,
+    pieces,
+    short_words,
 )
 from recipes.train_tokenizer import main as train_tokenizer
 
@@ -209,16 +213,70 @@ def test_the_longest_tokens_are_shown_as_text():
     assert [len(token) for token in tokens] == sorted(map(len, tokens), reverse=True)
 
 
-def test_characters_are_looked_up_fast():
-    char = make_tokenizer("char", [TEXT], 0)
-    text = TEXT * 500
+def test_bpe_knows_the_words_of_all_of_unicode(bpe):
+    """What is a letter, a number or white space is the same for whoever cuts a text into words."""
+    points = [
+        point
+        for point in range(0x110000)
+        if not 0xD800 <= point < 0xE000
+        and (unicodedata.category(chr(point)) not in ("Lo", "Cn", "Co") or point % 50 == 0)
+    ]
+    text = "".join(
+        f"a{chr(point)}b {chr(point)}1{chr(point)} .{chr(point)}'s  {chr(point)}" for point in points
+    )
+    assert encode(bpe[0], text).tolist() == in_one_go(bpe[0], text)
 
-    def seconds():
-        start = time.process_time()
-        encode(char, text)
-        return time.process_time() - start
 
-    assert len(text) / min(seconds() for _ in range(5)) > 9e6
+@given(
+    learned=st.text("ab c", min_size=40, max_size=200),
+    more=st.text("ab c", min_size=1),
+    text=st.text("ab cd", max_size=60),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_merges_give_the_librarys_ids(learned, more, text):
+    tokenizer = make_tokenizer("bpe", [learned], 300)
+    assert encode(tokenizer, text).tolist() == in_one_go(tokenizer, text)
+    extended = extend_tokenizer(tokenizer, [more * 5], 20)
+    assert encode(extended, text).tolist() == in_one_go(extended, text)
+
+
+@pytest.mark.parametrize(
+    "merges",
+    [
+        [("b", "c"), ("a", "b"), ("ab", "c")],  # "abc" is a token that no text comes to
+        [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")],  # two ways to one token
+        [("a", "b")],
+    ],
+)
+def test_merges_that_nobody_would_learn_give_the_librarys_ids(merges):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*letters, "ab", "bc", "abc"])}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    text = "abc ab bc aabc abcc bcabc cab abab"
+    assert encode(tokenizer, text).tolist() == in_one_go(tokenizer, text)
+
+
+@pytest.mark.parametrize("word", ["ACGT" * 3 + "G", "中文字", "a"])
+def test_a_word_of_a_million_letters_is_learned_and_read(word):
+    text = (word * (1_000_000 // len(word)))[:1_000_000]
+    start = "The frost, the sun. "
+    tokenizer = make_tokenizer("bpe", [start + text], 300)
+    extended = extend_tokenizer(make_tokenizer("bpe", [start], 257), [text], 20)
+    for each in (tokenizer, extended):
+        ids = encode(each, text[:100_000])
+        assert each.decode(ids) == text[:100_000] and len(ids) < 60_000
+
+
+def test_long_words_are_cut_for_the_trainer_and_other_texts_are_not_changed():
+    assert "".join(short_words(TEXT * 50)) == TEXT * 50
+    assert (
+        make_tokenizer("bpe", [TEXT * 50], 400).get_vocab()
+        == make_tokenizer("bpe", pieces(TEXT * 50, 300), 400).get_vocab()
+    )
+    cut = list(short_words("x" * 10**6 + " words as they are"))
+    assert "".join(cut) == "x" * 10**6 + " words as they are" and max(map(len, cut)) <= 2 * LONG_WORD
 
 
 @pytest.mark.parametrize("vocab_size", [1, 256])

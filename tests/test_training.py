@@ -10,9 +10,11 @@ from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
+from nanogpt_hf.training import optimization
 from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import (
     Muon,
+    learning_rates,
     make_capturable,
     make_optimizers,
     make_schedule,
@@ -130,10 +132,12 @@ def test_orthogonalize_of_any_shape_and_condition_is_the_iteration_in_float64(ro
     matrix = torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     matrix *= torch.logspace(0, decades, columns, dtype=torch.float64)
     expected = orthogonalize(matrix).float()
-    torch.testing.assert_close(orthogonalize(matrix.float()), expected, rtol=0, atol=1e-3)
+    # float32 has two digits left for singular values that are 1e-6 of the largest one.
+    torch.testing.assert_close(orthogonalize(matrix.float()), expected, rtol=0, atol=1e-2)
 
 
-def test_muon_takes_the_steps_of_torchs_muon():
+def test_muon_takes_the_steps_of_torchs_muon(monkeypatch):
+    monkeypatch.setattr(optimization, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
     shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
     models = []
     for make_muon in (lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.2), lambda p: Muon(p, 0.1, 0.2)):
@@ -147,7 +151,64 @@ def test_muon_takes_the_steps_of_torchs_muon():
         models.append(parameters)
     for theirs, ours in zip(*models, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)  # bfloat16 rounds in another order
-        assert (ours - theirs).norm() < 5e-3 * theirs.norm()
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_norms_and_biases_may_have_a_rate_of_their_own():
+    settings = TrainingSettings(learning_rate=0.1, vector_learning_rate=0.3)
+    matrices, vectors = make_optimizers(make(), settings)[0].param_groups
+    assert (matrices["lr"], vectors["lr"]) == (0.1, 0.3)
+    assert learning_rates(settings, 0.5) == {"learning_rate": 0.05, "vector_learning_rate": 0.15}
+
+
+def moves_of_muon(model, gradients):
+    """What a step of Muon adds to each matrix of the blocks, after gradients by name."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients.get(name)
+    _, muon = make_optimizers(model, TrainingSettings(optim="muon", bf16=False, weight_decay=0.0))
+    muon.step()
+    return {name: model.get_parameter(name).detach() - before[name] for name in gradients}
+
+
+def blocks_of(**switches):
+    sizes = dict(vocab_size=50, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = NanoGPTForCausalLM(NanoGPTConfig(**sizes, **switches))
+    return model, {name: p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2}
+
+
+def test_muon_moves_a_matrix_the_same_however_its_weight_is_laid_out():
+    """GPT-2's Conv1D holds (inputs, outputs), the same block without biases a Linear's (outputs, inputs)."""
+    conv1d, weights = blocks_of(architecture="gpt2")
+    linear, others = blocks_of(architecture="gpt2", bias=False)
+    gradients = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    moves = moves_of_muon(conv1d, gradients)
+    moves_of_linear = moves_of_muon(
+        linear, {name: gradient.T.contiguous() for name, gradient in gradients.items()}
+    )
+    assert moves.keys() == others.keys() and len(moves) == 4
+    for name, move in moves.items():
+        torch.testing.assert_close(move, moves_of_linear[name].T, rtol=1e-4, atol=1e-6)
+        size = min(move.shape) ** 0.5 * 0.02 * (2 if "c_fc" in name else 1)  # 2: four outputs an input
+        size *= 3**0.5 if "c_attn" in name else 1
+        assert move.norm() == pytest.approx(size, rel=0.15), name
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_muon_takes_apart_what_lies_side_by_side(architecture):
+    """Without a gradient for the queries, keys and values move as they do with one."""
+    model, weights = blocks_of(architecture=architecture)
+    outputs = 1 if architecture == "gpt2" else 0
+    for name, parts in {"attn.c_attn": 3, "mlp.c_fc": 2}.items():
+        if architecture == "gpt2" and name == "mlp.c_fc":
+            continue
+        name = f"transformer.h.0.{name}.weight"
+        gradient = torch.randn_like(weights[name])
+        without = gradient.clone()
+        without.chunk(parts, dim=outputs)[0].zero_()
+        moves = [moves_of_muon(model, {name: g})[name].chunk(parts, dim=outputs) for g in (gradient, without)]
+        assert moves[1][0].abs().max() == 0
+        torch.testing.assert_close(moves[0][1:], moves[1][1:], rtol=1e-4, atol=1e-6)
 
 
 def steps_taken(optim, prepare=lambda optimizers: None):
@@ -201,9 +262,10 @@ def test_a_compiled_block_takes_the_steps_of_an_eager_one_and_is_eager_again_in_
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
-def test_a_recorded_step_is_the_step_itself(architecture, optim, own_accelerate_state):
+def test_a_recorded_step_is_the_step_itself(architecture, optim, micro_batches, own_accelerate_state):
     """Dropout included: a replay draws the random numbers of its own step."""
     results = []
     for steps_before_capture in (3, -1):
@@ -212,7 +274,9 @@ def test_a_recorded_step_is_the_step_itself(architecture, optim, own_accelerate_
             architecture=architecture, vocab_size=50, n_positions=16, n_embd=64, n_layer=2, n_head=2,
             bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        settings = TrainingSettings(optim=optim, per_device_train_batch_size=8, torch_compile=False)
+        settings = TrainingSettings(
+            optim=optim, per_device_train_batch_size=8, gradient_accumulation_steps=micro_batches, torch_compile=False
+        )  # fmt: skip
         accelerator = Accelerator()
         model, *optimizers = accelerator.prepare(
             *(lambda m: (m, *make_optimizers(m, settings)))(NanoGPTForCausalLM(config))
@@ -222,7 +286,7 @@ def test_a_recorded_step_is_the_step_itself(architecture, optim, own_accelerate_
             settings,
             model,
             [o.optimizer for o in optimizers],
-            language_modeling(accelerator, 8),
+            language_modeling(accelerator, 8 * micro_batches),
             lambda step: 1 / (step + 1),
         )
         take_step.steps_before_capture = steps_before_capture

@@ -110,4 +110,4 @@ class GPT2BlockTests(CommonTests, unittest.TestCase):
 
 
 class ModernBlockTests(CommonTests, unittest.TestCase):
-    architecture = "modern"
+    architecture = "qwen3"

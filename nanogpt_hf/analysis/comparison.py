@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .. import metrics
 from ..common.errors import UserError
-from ..data.corpora import Corpus
+from ..data.corpora import AnyCorpus
 from ..generation.text import stream_text
 from ..model.loading import context_length
 from ..training.evaluation import evaluate_split, validation_stream
@@ -64,13 +65,15 @@ def context_of(model: PreTrainedModel, wanted: int | None) -> int:
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    corpus: Corpus,
+    corpus: AnyCorpus,
     accelerator: Accelerator,
     n_positions: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
 ) -> dict[str, int | float]:
     """Size of a model, and its loss over the whole validation split in every unit. Every process calls it.
+
+    The first token is predicted from the end of a text before it, as in lm-eval: what is given is not paid for.
 
     Raises:
         UserError: the model's context is shorter than n_positions or stride, or there is nothing to predict.
@@ -80,7 +83,7 @@ def measure(
         raise UserError(
             f"--stride is {stride}, more than the context of {context}: tokens would be left out."
         )
-    stream = validation_stream(tokenizer, corpus, context, accelerator.device)
+    stream = validation_stream(tokenizer, corpus, context, accelerator.device, begun=True)
     split = evaluate_split(
         model,
         stream,
@@ -122,14 +125,26 @@ def sample_texts(
     return [text[:length] for text in texts]
 
 
-def measure_samples(texts: Sequence[str], corpus: Corpus) -> dict[str, int | float | str | None]:
-    """What of a model's samples is copied from the training split, and how varied they are."""
-    copied = metrics.load("memorization").compute(predictions=list(texts), references=corpus.train)
+def measure_samples(texts: Sequence[str], corpus: AnyCorpus) -> dict[str, int | float | str | None]:
+    """What of a model's samples is copied from the training split, where there is one, and how varied they are."""
+    copied = {}
+    if corpus.train:
+        copied = metrics.load("memorization").compute(predictions=list(texts), references=corpus.train)
     try:
         varied = metrics.load("distinct_n").compute(predictions=list(texts), n=2)
     except ValueError:  # no sample has two words
         varied = {"distinct_n": math.nan}
     return copied | varied
+
+
+def percentage_held_out(model: str, corpus: AnyCorpus) -> int | None:
+    """How much of this very corpus was held out when a model was trained on it; None where that is not known."""
+    try:
+        run = yaml.safe_load(Path(model, "run.yaml").read_text(encoding="utf-8"))
+        same = run["record"]["corpus"]["sha256"] == corpus.sha256
+        return int(run["validation_split_percentage"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def choose_passage(documents: Sequence[str], start: int, length: int) -> tuple[str, int]:

@@ -32,6 +32,7 @@ OTHER_NAMES = {
     "dataset": ["corpus"],
     "device": ["use_cpu"],
     "epochs": ["num_train_epochs"],
+    "eval_file": ["validation_file"],
     "eval_interval": ["eval_steps"],
     "init_from": ["model_name_or_path"],
     "iters": ["max_steps"],
@@ -51,10 +52,11 @@ OTHER_NAMES = {
     "resume": ["resume_from_checkpoint"],
     "steps": ["max_steps"],
     "train_file": ["corpus"],
+    "val_file": ["validation_file"],
     "warmup_iters": ["warmup_steps"],
 }
 # Settings that say the same thing in other ways: who gives one means it, and not a recipe's default of another.
-RIVALS = ("max_steps", "num_train_epochs")
+RIVALS = ("max_steps", "num_train_epochs", "train_tokens")
 UNSAID = object()
 
 

@@ -83,7 +83,7 @@ def exclude(settings: Settings, first: str, second: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataSettings(Settings):
+class TextSettings(Settings):
     """Text"""
 
     corpus: str = setting(
@@ -91,10 +91,38 @@ class DataSettings(Settings):
         "tiny_shakespeare, tiny_pushkin, a file, folder or glob, or a Hub dataset",
         essential=True,
     )
-    text_column: str = setting("text", "column of a .jsonl, .parquet or Hub dataset that holds the text")
-    validation_split_percentage: int = setting(
-        10, "percent of the text that is kept for validation", ge=1, le=99
+    text_column: str = setting(
+        "text", "column of a .jsonl, .csv, .parquet or Hub dataset that holds the text"
     )
+    validation_file: str | None = setting(
+        None, "a file, folder or glob that is held out for validation, all of it"
+    )
+    validation_split_percentage: int = setting(
+        10,
+        "percent of the text, at the end of each file, that is held out where nothing else is",
+        ge=1,
+        le=99,
+    )
+    keep_carriage_returns: bool = setting(False, "keep CRLF and CR as they are; else each is one newline")
+    special_tokens_in_text: Literal["document_ends", "tokens", "text"] = setting(
+        "document_ends",
+        "special tokens that the text spells. document_ends: <|endoftext|> alone on a line ends a document, all else "
+        "is ordinary text; tokens: each is the tokenizer's token; text: all are ordinary text",
+    )
+
+    def reading_options(self) -> dict[str, Any]:
+        """How the text is read, as `load_corpus` and `prepare` take it."""
+        names = ("text_column", "validation_file", "keep_carriage_returns", "special_tokens_in_text")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class DataSettings(TextSettings):
+    """Text"""
+
+    # What runs did whose run.yaml does not know these settings.
+    BEFORE: ClassVar[dict[str, Any]] = {"keep_carriage_returns": True, "special_tokens_in_text": "text"}
+
     document_end: str | None = setting(
         None, "regular expression: a document ends after each match, so that a model learns where to stop"
     )
@@ -173,7 +201,12 @@ class LengthSettings(Settings):
     num_train_epochs: float | None = setting(
         None, "passes over the training split, instead of max_steps", gt=0
     )
-    max_minutes: float | None = setting(None, "stop after this many minutes, with a checkpoint", gt=0)
+    train_tokens: float | None = setting(None, "tokens to train on, instead of max_steps", gt=0)
+    max_minutes: float | None = setting(
+        None,
+        "stop after this many minutes, with a checkpoint; where nothing else says how long, the schedule ends there",
+        gt=0,
+    )
     per_device_train_batch_size: int = setting(32, "sequences per device and micro-batch", ge=1)
     gradient_accumulation_steps: int = setting(1, "micro-batches per step", ge=1)
     per_device_eval_batch_size: int = setting(
@@ -204,6 +237,9 @@ class OptimizerSettings(Settings):
         "adamw", "muon: Muon for the blocks' matrices, AdamW for the rest"
     )
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", ge=0)
+    vector_learning_rate: float | None = setting(
+        None, "peak learning rate of AdamW for norms and biases; default: learning_rate", ge=0
+    )
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", ge=0)
     muon_momentum: float = setting(0.95, "momentum of Muon; runs of few steps want less", ge=0, lt=1)
     weight_decay: float = setting(0.1, "decay of matrices (norms and biases have none)", ge=0)
@@ -214,7 +250,9 @@ class OptimizerSettings(Settings):
     lr_scheduler_type: str = setting(
         "linear", "schedule after warm-up, as transformers names it (linear: to zero)"
     )
-    warmup_steps: int = setting(100, "steps of linear warm-up, at most half of the run", ge=0)
+    warmup_steps: float = setting(
+        100, "steps of linear warm-up, at most half of the run; less than 1: this part of the run", ge=0
+    )
 
 
 @dataclass(frozen=True)
@@ -319,7 +357,7 @@ class FinetuningSettings(AdapterSettings, RunSettings):
     per_device_train_batch_size: int = changed(LengthSettings, "per_device_train_batch_size", 8)
     learning_rate: float = changed(OptimizerSettings, "learning_rate", 2e-3)
     weight_decay: float = changed(OptimizerSettings, "weight_decay", 0.0)
-    warmup_steps: int = changed(OptimizerSettings, "warmup_steps", 20)
+    warmup_steps: float = changed(OptimizerSettings, "warmup_steps", 20)
     eval_steps: int = changed(LengthSettings, "eval_steps", 50)
     eval_on_start: bool = changed(LengthSettings, "eval_on_start", True)
     save_steps: int = changed(LengthSettings, "save_steps", 100)
@@ -337,9 +375,17 @@ class FinetuningSettings(AdapterSettings, RunSettings):
 
 def default_folder(corpus: str, *parts: str) -> str:
     """Where a run goes that was given no folder: runs/CORPUS-PART-…"""
+    return str(Path("runs") / as_file_name(short_name(corpus), *(Path(part).name for part in parts)))
+
+
+def short_name(corpus: str) -> str:
+    """What to call things that are made of a corpus: its last part that is no pattern, without its suffix."""
     plain = [part for part in Path(corpus).parts if not set("*?[/") & set(part)]
-    names = [Path(plain[-1]).stem if plain else "corpus", *(Path(part).name for part in parts)]
-    return str(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(names)))
+    return Path(plain[-1]).stem if plain else "corpus"
+
+
+def as_file_name(*parts: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
 
 def public_values(settings: Settings) -> dict[str, Any]:

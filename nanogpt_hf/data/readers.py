@@ -1,237 +1,223 @@
-"""Where a corpus's documents come from: files of any kind, folders, globs and Hub datasets, read as streams."""
+"""From one file to its documents: a table from suffix to reader, and what to say of a file that none takes.
+
+A new format is a line of READERS and its function. Every reader streams, and gives each document in parts that follow
+one another.
+"""
 
 import codecs
-import glob
+import csv
+import gzip
+import io
 import json
-import logging
-import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import shlex
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-
-from huggingface_hub import HfApi, constants, errors
+from typing import IO, Any
 
 from ..common.errors import UserError
-from ..common.paths import nearest_path
-from ..common.text import first_line, nearest
-from .named_corpora import NAMES, named_text
+from ..common.text import first_line
 
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_PART = 2**20  # bytes of a .txt file that are read at once
-_NEVER_A_HUB_ID = (*_SUFFIXES, ".text", ".md", ".json", ".csv", ".tsv", ".gz", ".zip", ".zst", ".xz", ".bz2")
+Text = Iterable[str]  # a document, in parts
+Reader = Callable[[IO[bytes], Path, str, "Reading"], Iterator[Text]]
+
+PART = 2**20  # bytes of a text that are read at once
+SAMPLE = 2**16  # bytes that tell text from what is none
+CHAT = "messages"  # the column of a conversation in the datasets of the field
+AROUND = 2000  # bytes before one that is not UTF-8, which help to tell what it is
+# Encodings that texts come in, of those that would give the same text the likelier first.
+ENCODINGS = (
+    "cp1252 cp1251 cp1250 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 koi8_r koi8_u cp866 cp437 cp850 iso8859_5 "
+    "mac_roman mac_cyrillic gb18030 big5 shift_jis euc_jp cp949"
+).split()
 
 
 @dataclass
-class Source:
-    """The documents of a corpus, still to be read; each is given in parts that follow one another."""
+class Reading:
+    """How much of a source has been read, and what came up meanwhile.
 
-    splits: dict[str, Iterable[Iterable[str]]]  # of "train" and, when the source has its own, "validation"
-    source: str
-    language: str | None = None
-    license: str | None = None
-    notice: str | None = None
-    size: int = 0  # bytes of the files or rows of the dataset
-    done: float = 0  # how much of it has been read
+    Attributes:
+        finished: bytes of the files, or rows of the dataset, that have been read.
+        file: the one that is being read.
+        carriage_returns: how many were taken for parts of newlines.
+        marks: how many lines were nothing but the mark of the end of a text.
+        conversations: whether there were any.
+    """
+
+    finished: int = 0
+    file: IO[bytes] | None = None
+    carriage_returns: int = 0
+    marks: int = 0
+    conversations: bool = False
+
+    @property
+    def done(self) -> int:
+        return self.finished + (self.file.tell() if self.file else 0)
 
 
-def open_source(corpus: str, text_column: str = "text") -> Source:
-    """Find a corpus as `load_corpus` does, without reading more of it than is asked for.
+def kind_of(path: Path) -> str:
+    """The suffix that decides how a file is read, that of its content where it is compressed."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def read_file(path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
+    """The documents of one file.
+
+    Args:
+        text_column: of formats with rows, the column that holds the text.
+        reading: is kept up to date while the documents are read.
 
     Raises:
-        UserError: there is no such corpus; or, when it is read, no such text.
+        UserError: no reader takes it, or it is not what its suffix says.
     """
-    if corpus in NAMES:
-        text, source, language, notice = named_text(corpus)
-        return Source({"train": [[text]]}, source, language, "public domain", notice)
-    path = Path(os.path.expanduser(corpus))
-    if corpus and os.path.isdir(path):
-        return _files(corpus, path, "**/*", text_column)
-    if corpus and os.path.exists(path):
-        return _source_of({"train": [path]}, text_column)
-    is_pattern = [_is_pattern(part) for part in path.parts]
-    if any(is_pattern):
-        first = is_pattern.index(True)
-        return _files(corpus, Path(*path.parts[:first]), "/".join(path.parts[first:]), text_column)
-    check_corpus(corpus)
-    return _hub(corpus, text_column)
+    with _refusals(path):
+        if why_unread(path):
+            raise _refusal(path)
+        with path.open("rb") as raw:
+            reading.file = raw
+            stream = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+            try:
+                yield from READERS.get(kind_of(path), read_text)(stream, path, text_column, reading)
+            finally:
+                reading.file = None
+        reading.finished += path.stat().st_size
 
 
-def _is_pattern(part: str) -> bool:
-    return any(sign in part for sign in "*?[")
-
-
-def check_corpus(corpus: str) -> None:
-    """Raises UserError where a name is no named corpus, nothing on the disk, and not what a Hub id looks like."""
-    path = os.path.expanduser(corpus)
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", corpus, re.ASCII)
-    if corpus in NAMES or corpus and os.path.exists(path) or _is_pattern(path):
-        return
-    if is_id and not corpus.lower().endswith(_NEVER_A_HUB_ID) and not os.path.exists(corpus.split("/")[0]):
-        return
-    near = nearest(corpus, NAMES) or nearest_path(path)
-    hint = f"did you mean {near}?" if near else f"named corpora are {' and '.join(NAMES)}."
-    raise UserError(f"Corpus {corpus!r} is not found as a file, folder, glob or Hub dataset id; {hint}")
-
-
-# --- files ---
-
-
-def _files(corpus: str, root: Path, pattern: str, text_column: str) -> Source:
-    """The text files under `root` that match, in sorted order, without hidden ones."""
-    files: dict[Path, Path] = {}  # a file that is reached twice, by a link, is read once
-    for path in [root, *sorted(root.glob(pattern), key=Path.as_posix)]:
-        inside = path.relative_to(root)
-        if any(part.startswith(".") for part in inside.parts):
-            continue
-        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-            raise UserError(f"The folder {path.name or path} cannot be read.")
-        is_text = path.suffix.lower() in _SUFFIXES and not path.is_dir()
-        if is_text or path.is_symlink() and path.is_dir():
-            if not path.exists() or not path.resolve().is_relative_to(root.resolve()):
-                raise UserError(
-                    f"{inside} in {corpus} is a link out of it or to nothing; put a copy in its place."
-                )
-        if is_text:
-            files.setdefault(path.resolve(), path)
-    groups: dict[str | None, list[Path]] = {}
-    for path in files.values():
-        groups.setdefault(_split_name(path.relative_to(root)), []).append(path)
-    held_out = next((name for name in ("validation", "test") if name in groups), None)
-    if "train" not in groups or held_out is None:
-        used = {"train": list(files.values())}
-    elif None in groups:
-        stray = groups[None][0].name
-        raise UserError(
-            f"{corpus} has files for train and {held_out}, but {stray} is for neither; move it away."
-        )
-    else:
-        used = {"train": groups["train"], "validation": groups[held_out]}
-    if not any(used.values()):
-        raise UserError(f"{corpus} holds no file that ends in {', '.join(_SUFFIXES)}.")
-    return _source_of(used, text_column)
-
-
-def _source_of(files: dict[str, Sequence[Path]], text_column: str) -> Source:
-    paths = [path for group in files.values() for path in group]
-    names = [path.name for path in paths]
-    source = Source(
-        {},
-        ", ".join(names) if len(names) < 5 else f"{names[0]} … {names[-1]} ({len(names)} files)",
-        size=sum(path.stat().st_size for path in paths),
-    )
-    for name, group in files.items():
-        source.splits[name] = _documents(group, text_column, source)
-    return source
-
-
-def _documents(paths: Iterable[Path], text_column: str, source: Source) -> Iterator[Iterable[str]]:
-    for path in paths:
-        yield from _read(path, text_column, source)
-
-
-def _split_name(path: Path) -> str | None:
-    """Split of a file by its own or a folder's name: train.txt, val.txt, test-00000-of-00002.parquet."""
-    for part in path.with_suffix("").parts:
-        if match := re.fullmatch(r"(train|validation|valid|val|dev|test)(-\d+-of-\d+)?", part.lower()):
-            return match[1] if match[1] in ("train", "test") else "validation"
-    return None
-
-
-def _read(path: Path, text_column: str, source: Source) -> Iterator[Iterable[str]]:
-    """Documents of one file, in parts."""
-    suffix = path.suffix.lower()
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """A file that cannot be read, or not to its end, is the user's to mend."""
     try:
-        if suffix == ".txt":
-            yield _read_txt(path, source)
-        elif suffix == ".jsonl":
-            yield from _read_jsonl(path, text_column, source)
-        elif suffix == ".parquet":
-            yield from _read_parquet(path, text_column, source)
-        else:
-            raise UserError(
-                f"{path.name} does not end in any of {', '.join(_SUFFIXES)}, so how to read it is unknown."
-            )
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path.name} is damaged: {first_line(error)}.") from error
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise UserError(f"{path.name} cannot be read: {error.strerror or first_line(error, 2)}.") from error
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path.name} cannot be read: {error.strerror or first_line(error, 2)}.")
+# --- the readers ---
 
 
-def _read_txt(path: Path, source: Source) -> Iterator[str]:
+def read_text(file: IO[bytes], path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
+    """The whole file is one document."""
+    yield _decoded(file, path)
+
+
+def _decoded(file: IO[bytes], path: Path) -> Iterator[str]:
     decoder, ended, start = codecs.getincrementaldecoder("utf-8")(), False, 0
-    try:
-        with path.open("rb") as file:
+    with _refusals(path):
+        try:
             while not ended:
                 start = file.tell() - len(decoder.getstate()[0])  # a character may be cut in two
-                block = file.read(_PART)
+                block = file.read(PART)
                 ended = not block
-                source.done += len(block)
                 yield decoder.decode(block, final=ended)
-    except UnicodeDecodeError as error:
-        place = start + error.start
-        raise UserError(f"{path.name} is not UTF-8 at byte {place}; convert it to UTF-8.") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, f"at byte {start + error.start}", error) from error
 
 
-def _read_jsonl(path: Path, text_column: str, source: Source) -> Iterator[list[str]]:
+def read_jsonl(file: IO[bytes], path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
+    """Each line is a JSON object, and its text a document."""
     # Not through datasets, which (5.2.0) takes texts that look like dates for dates: when a block of a file
     # holds only such, "2020-01-01" silently becomes "2020-01-01 00:00:00".
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            source.done += len(line)
-            if line.isspace():
-                continue
-            where = f"Line {number} of {path.name}"
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where} is not JSON in UTF-8.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is not a JSON object.")
-            _check_column(row, text_column, where)
-            yield from _texts([row[text_column]], text_column, where)
+    for number, line in enumerate(file, start=1):
+        if line.isspace():
+            continue
+        where = f"line {number} of {path.name}"
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, f"in line {number}", error) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object.")
+        column = column_of(row, text_column, where)
+        yield from texts([row[column]], column, where, reading)
 
 
-def _read_parquet(path: Path, text_column: str, source: Source) -> Iterator[list[str]]:
-    import datasets
+def read_csv(file: IO[bytes], path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
+    """The first row names the columns; each other row's text is a document, exactly as it stands."""
+    csv.field_size_limit(2**31 - 1)  # for the whole process; the default of 131,072 is less than a document
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    rows = None
+    try:
+        header = lines.readline()
+        # Tables of countries with a decimal comma have semicolons.
+        delimiter = "\t" if kind_of(path) == ".tsv" else ";" if "," not in header and ";" in header else ","
+        rows = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
+        columns = next(rows, [])
+        column = columns.index(column_of(columns, text_column, path.name))
+        for row in filter(None, rows):
+            if len(row) <= column:
+                where = f"the row that ends in line {rows.line_num} of {path.name}"
+                raise UserError(f"{where} has {len(row)} columns, the first row {len(columns)}.")
+            yield [row[column]]
+    except csv.Error as error:
+        line = rows.line_num if rows else 1
+        raise UserError(
+            f"{path.name} cannot be read as a table near line {line}: {first_line(error)}."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, f"near line {rows.line_num if rows else 1}", error) from error
+    finally:
+        lines.detach()  # or it would close the file
+
+
+def read_parquet(file: IO[bytes], path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
+    """Each row's text is a document."""
+    import pyarrow
     import pyarrow.parquet
 
-    # What datasets would log is raised as well, and there it does not name the whole path.
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    data_files = [glob.escape(str(path.resolve()))]
+    if isinstance(file, gzip.GzipFile):
+        file = io.BytesIO(file.read())  # parquet is read from its end
     try:
-        bytes_per_row = path.stat().st_size / max(1, pyarrow.parquet.read_metadata(path).num_rows)
-        # Streamed: no second copy on disk, which would go stale when the file changes. And not by load_dataset,
-        # which (5.2.0) counts every use on a server, so that a local file takes a network.
-        rows = datasets.Dataset.from_parquet(data_files, streaming=True)
-        yield from _column(rows, text_column, path.name, source, bytes_per_row)
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path.name} cannot be read as parquet: {first_line(error, 2)}") from error
+        table = pyarrow.parquet.ParquetFile(file)
+        column = column_of(table.schema_arrow.names, text_column, path.name)
+        for batch in table.iter_batches(batch_size=1000, columns=[column]):
+            yield from texts(batch.column(0).to_pylist(), column, path.name, reading)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path.name} cannot be read as parquet: {first_line(error, 2)}.") from error
 
 
-def _column(
-    rows, text_column: str, where: str, source: Source, size_of_a_row: float = 1
-) -> Iterator[list[str]]:
-    """The texts of one split of a dataset, streamed or not."""
-    _check_column(rows.column_names, text_column, where)
-    for batch in rows.select_columns(text_column).iter(batch_size=1000):
-        source.done += size_of_a_row * len(batch[text_column])
-        yield from _texts(batch[text_column], text_column, where)
+READERS: dict[str, Reader] = {
+    ".txt": read_text,
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
 
 
-def _check_column(columns: Iterable[str], text_column: str, where: str) -> None:
-    if text_column not in columns:
-        raise UserError(
-            f"{where} has no column {text_column!r}; set text_column to one of: {', '.join(columns)}."
-        )
+def column_of(columns: Iterable[str], text_column: str, where: str) -> str:
+    """The column of the text: the one that is asked for, or where there is no "text" the conversations.
+
+    Raises:
+        UserError: there is neither.
+    """
+    columns = list(columns)
+    if text_column in columns:
+        return text_column
+    if text_column == "text" and CHAT in columns:
+        return CHAT
+    raise UserError(
+        f"{where} has no column {text_column!r}; set --text_column to one of: {', '.join(columns)}."
+    )
 
 
-def _texts(values: Iterable[object], text_column: str, where: str) -> Iterator[list[str]]:
+def texts(values: Iterable[object], text_column: str, where: str, reading: Reading) -> Iterator[Text]:
+    """The documents in a column's values; of a conversation what was said, with an empty line between turns.
+
+    Raises:
+        UserError: a value is no text.
+    """
     for value in values:
+        if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+            reading.conversations = True
+            value = _joined(value)
         if value is None:
             continue
         if not isinstance(value, str):
@@ -239,49 +225,108 @@ def _texts(values: Iterable[object], text_column: str, where: str) -> Iterator[l
         yield [value]
 
 
-# --- the Hub ---
+def _joined(turns: list[dict[str, Any]]) -> object:
+    contents = [turn.get("content") for turn in turns]
+    if all(isinstance(content, str | None) for content in contents) and any(contents):
+        return "\n\n".join(filter(None, contents))
+    return turns
 
 
-def _hub(corpus: str, text_column: str) -> Source:
-    import datasets
+# --- what no reader takes ---
 
-    repo, _, config = corpus.partition(":")
-    log_in = "log in with `hf auth login`."
+_PANDOC = "pandoc {file} -t plain -o {file}.txt"
+_TO_CSV = "libreoffice --convert-to csv {file}"
+CONVERSIONS = {
+    **dict.fromkeys((".docx", ".epub", ".fb2", ".htm", ".html", ".odt", ".rtf"), _PANDOC),
+    **dict.fromkeys((".ods", ".xls", ".xlsx"), _TO_CSV),
+    ".pdf": "pdftotext {file} {file}.txt",
+    ".ipynb": "jupyter nbconvert --to markdown {file}",
+    ".json": "jq -c '.[]' {file} > {file}l",  # its rows
+    ".zip": "unzip {file}",
+    ".tar": "tar xf {file}",
+    ".tgz": "tar xf {file}",
+    ".7z": "7z x {file}",
+    ".bz2": "bunzip2 -k {file}",
+    ".xz": "unxz -k {file}",
+    ".zst": "unzstd {file}",
+}
+
+
+def why_unread(path: Path) -> str | None:
+    """Why no reader takes a file, in a few words; None for a file that one takes.
+
+    A suffix that no table knows says nothing: what begins as UTF-8 is a text, whatever its name.
+    """
+    if not path.is_file():
+        return "a pipe or a device"  # which may never end
+    if kind_of(path) in CONVERSIONS:
+        return CONVERSIONS[kind_of(path)].format(file="FILE")
+    if kind_of(path) in READERS:
+        return None
     try:
-        info = HfApi().dataset_info(repo, timeout=5)
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{repo} is neither a path nor a dataset on the Hub; if it is private, {log_in}"
-        ) from error
-    except Exception as error:  # a missing network is another exception with each HTTP library
-        why = (
-            "HF_HUB_OFFLINE is set"
-            if constants.HF_HUB_OFFLINE
-            else f"the Hub gave no answer, {first_line(error, 2)}"
+        sample = _sample(path)
+        codecs.getincrementaldecoder("utf-8")().decode(sample)
+    except UnicodeDecodeError:
+        return "not text in UTF-8"
+    except (OSError, EOFError, zlib.error) as error:
+        return first_line(error) if not isinstance(error, OSError) else error.strerror or first_line(error)
+    return "not text" if b"\0" in sample else None
+
+
+def _refusal(path: Path) -> UserError:
+    """What to say of a file that no reader takes, with the command that makes a text of it where there is one."""
+    if not path.is_file():
+        return UserError(f"{path.name} is a pipe or a device, no file: save what it gives into a file.")
+    command = CONVERSIONS.get(kind_of(path))
+    if command:
+        command = command.format(file=shlex.quote(str(path)))
+        return UserError(f"{path.name} is not read as it is, convert it: {command}")
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(_sample(path))
+    except UnicodeDecodeError as error:
+        return _not_utf8(path, f"at byte {error.start}", error)
+    return UserError(f"{path.name} is not text: convert it to text in UTF-8.")
+
+
+def _sample(path: Path) -> bytes:
+    with path.open("rb") as raw:
+        file = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+        return file.read(SAMPLE)
+
+
+def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError:
+    """What to say of a text in another encoding, with the command that converts it where one can be told."""
+    sample = error.object[max(0, error.start - AROUND) :][:SAMPLE]
+    message = f"{path.name} is not UTF-8 {where}"
+    new = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    files = f"{shlex.quote(str(path))} > {shlex.quote(str(new))}"
+    decoded = sample.decode(errors="replace")
+    good = sum(character > "\x7f" for character in decoded) - decoded.count("\ufffd")
+    if good > 10 * decoded.count("\ufffd"):
+        return UserError(
+            f"{message}, but elsewhere; this leaves out what is not: iconv -c -f UTF-8 -t UTF-8 {files}"
         )
-        raise UserError(f"{repo} is not a path, and as a dataset it cannot be fetched: {why}.") from error
-    try:
-        data = datasets.load_dataset(repo, config or None, revision=info.sha)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        page = f"{constants.ENDPOINT}/datasets/{repo}"
-        raise UserError(f"{repo} is a gated dataset: accept its terms at {page} and {log_in}") from error
-    except Exception as error:  # each format has its own
-        raise UserError(f"The dataset {corpus} cannot be loaded: {first_line(error, 2)}") from error
-    if "train" not in data and len(data) > 1:
-        raise UserError(f"{corpus} has no train split, only {', '.join(data)}.")
-    used = {"train": "train" if "train" in data else next(iter(data))}
-    held_out = next((name for name in ("validation", "test") if name in data), None)
-    if "train" in data and held_out:
-        used["validation"] = held_out
-    card = info.card_data or {}
-    source = Source({}, f"{repo}@{info.sha}", _only(card.get("language")), _only(card.get("license")))
-    for ours, theirs in used.items():
-        source.splits[ours] = _column(data[theirs], text_column, corpus, source)
-        source.size += len(data[theirs])
-    return source
+    encoding = _encoding_of(_sample(path), sample)
+    if encoding is None:
+        return UserError(f"{message}, nor in an encoding that can be told: convert it to UTF-8.")
+    return UserError(f"{message}; it looks like {encoding}, convert it: iconv -f {encoding} -t UTF-8 {files}")
 
 
-def _only(value: str | list[str] | None) -> str | None:
-    """The value of a card's field, which may be a list, when there is exactly one."""
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return value if isinstance(value, str) else None
+def _encoding_of(begin: bytes, sample: bytes) -> str | None:
+    """The name, as iconv has it, of the encoding that bytes seem to be in; None when they seem to be no text.
+
+    Args:
+        begin: how the file begins.
+        sample: of what is not UTF-8.
+    """
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if b"\0" in begin:
+        return None
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(sample, cp_isolation=ENCODINGS).best()
+    if best is None:
+        return None
+    likely = next((name for name in ENCODINGS if name in best.could_be_from_charset), best.encoding)
+    return codecs.lookup(likely).name.upper().replace("_", "-")

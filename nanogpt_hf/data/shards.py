@@ -7,24 +7,28 @@ sequence. The index says how many ids each holds and their SHA-256, so that what
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from .token_stream import MappedIds
-from .tokenization import load_tokenizer
+from .tokenization import load_tokenizer, misfit
 
 INDEX = "index.json"
 PROGRESS = "progress.json"  # of shards in the making
 FORMAT = "nanogpt_hf shards, version 1"
 SPLITS = ("validation", "train")
+SHARD = re.compile(r"(train|validation)-\d{5,}\.bin")  # how the files are called
 READ = 2**24  # bytes at once
+RESTORE = "copy it again, or prepare the corpus again with --overwrite_output_dir"
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -40,9 +44,12 @@ def width_of(vocab_size: int) -> np.dtype:
 def is_shards(folder: str) -> bool:
     """Whether there are shards in the folder, finished or not."""
     for name in (INDEX, PROGRESS):
-        with suppress(OSError, ValueError), (Path(os.path.expanduser(folder)) / name).open("rb") as file:
-            if FORMAT.encode() in file.read(200):
-                return True
+        path = Path(os.path.expanduser(folder), name)
+        with suppress(OSError, ValueError):
+            if path.is_file():  # and no pipe, which may never end
+                with path.open("rb") as file:
+                    if FORMAT.encode() in file.read(200):
+                        return True
     return False
 
 
@@ -77,7 +84,7 @@ class ShardedCorpus:
     license: str | None
     notice: str | None
     folder: Path = field(repr=False)
-    index: dict = field(repr=False)
+    index: dict[str, Any] = field(repr=False)
 
     def make_tokenizer(self, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
         """The tokenizer that the shards were made with, if `kind` names it.
@@ -114,7 +121,27 @@ class ShardedCorpus:
         return [*self.index["splits"]["train"]["unseen_ids"], *range(self.index["vocab_size"], vocab_size)]
 
     def characters(self, split: str) -> int:
-        return self.index["splits"][split]["characters"]
+        return int(self.index["splits"][split]["characters"])
+
+    validation_sha256 = None  # that of the index says it
+
+    @property
+    def reading(self) -> list[str]:
+        """Lines for the first screen."""
+        shards = sum(len(split["shards"]) for split in self.index["splits"].values())
+        held_out = self.characters("validation")
+        whole = held_out + self.characters("train")
+        return [
+            f"corpus     {self.name}: {whole:,} characters, tokenised in {shards:,} shards",
+            f"validation {held_out:,} of these characters: {held_out / whole:.2%}, held out when they were made",
+        ]
+
+    def remarks(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """Lines for the first screen: how well the tokenizer and the text go together."""
+        ids = self.ids("validation", tokenizer)
+        whole = ids.windows(np.array([0]), len(ids))[0]
+        warning = misfit(tokenizer, whole, self.characters("validation"))
+        return [f"warning: {warning}"] if warning else []
 
     @property
     def train(self) -> list[str]:
@@ -128,8 +155,61 @@ class ShardedCorpus:
         ids = ids.windows(np.array([0]), len(ids))[0]
         ends = np.flatnonzero(ids == tokenizer.eos_token_id)
         return [
-            tokenizer.decode(part[part != tokenizer.eos_token_id].tolist()) for part in np.split(ids, ends)
+            str(tokenizer.decode(part[part != tokenizer.eos_token_id].tolist()))
+            for part in np.split(ids, ends)
         ]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of the shards in a folder, which may come from a stranger.
+
+    Raises:
+        UserError: it is none, of another format, or damaged.
+    """
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_bytes())
+        stated = index.get("format")
+        sound = stated == FORMAT and _is_sound(index)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder}/{INDEX} is not an index of shards: prepare the corpus again.") from error
+    if stated != FORMAT:
+        raise UserError(f"{folder} holds {stated!r}, not {FORMAT!r}: prepare the corpus again.")
+    if not sound:
+        raise UserError(f"{folder}/{INDEX} is not an index of shards: prepare the corpus again.")
+    return index
+
+
+def _is_sound(index: dict[str, Any]) -> bool:
+    """Whether every value of an index is what it must be; KeyError, TypeError or AttributeError say no, too."""
+
+    def is_count(value: object, least: int = 0) -> bool:
+        return type(value) is int and least <= value < 2**63
+
+    def is_sha256(value: str) -> bool:
+        return re.fullmatch("[0-9a-f]{64}", value) is not None
+
+    vocab_size, corpus = index["vocab_size"], index["corpus"]
+    words = [corpus["name"], corpus["source"]]
+    words += [corpus[key] for key in ("language", "license", "notice") if corpus[key] is not None]
+    sound = [
+        corpus.keys() == {"name", "source", "language", "license", "notice"},
+        all(isinstance(word, str) for word in words),
+        is_count(vocab_size, 1),
+        index["dtype"] == width_of(vocab_size).str,
+        is_sha256(index["vocabulary_sha256"]),
+    ]
+    for name in SPLITS:
+        split, shards = index["splits"][name], index["splits"][name]["shards"]
+        sound += [
+            all(is_count(split[key], 1) for key in ("documents", "characters", "bytes")),
+            is_count(split["tokens"], 2) and split["tokens"] == sum(shard["tokens"] for shard in shards),
+            all(is_count(number) and number < vocab_size for number in split["unseen_ids"]),
+        ]
+        for number, shard in enumerate(shards):
+            # Its own file, in this folder: what is checked is what is read.
+            sound += [shard["file"] == f"{name}-{number:05d}.bin", is_count(shard["tokens"], 1)]
+            sound.append(is_sha256(shard["sha256"]))
+    return all(sound)
 
 
 def open_shards(folder: str) -> ShardedCorpus:
@@ -141,32 +221,26 @@ def open_shards(folder: str) -> ShardedCorpus:
     path = Path(os.path.expanduser(folder))
     if not (path / INDEX).exists():
         raise UserError(f"the shards in {folder} are not finished: run prepare_corpus.py on it again.")
-    data = (path / INDEX).read_bytes()
-    try:
-        index = json.loads(data)
-        corpus, shards = index["corpus"], [s for split in SPLITS for s in index["splits"][split]["shards"]]
-        dtype, vocab_size = np.dtype(index["dtype"]), index["vocab_size"]
-        files = [(path / Path(shard["file"]).name, shard["tokens"], shard["sha256"]) for shard in shards]
-        corpus = ShardedCorpus(sha256=hashlib.sha256(data).hexdigest(), folder=path, index=index, **corpus)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/{INDEX} is not an index of shards: prepare the corpus again.") from error
-    if index.get("format") != FORMAT:
-        raise UserError(f"{folder} holds {index.get('format')!r}, not {FORMAT!r}: prepare the corpus again.")
-    for file, tokens, _ in files:
+    index = read_index(path)
+    dtype, vocab_size = np.dtype(index["dtype"]), index["vocab_size"]
+    shards = [shard for split in SPLITS for shard in index["splits"][split]["shards"]]
+    for shard in shards:
+        file, expected = path / shard["file"], shard["tokens"] * dtype.itemsize
         if not file.is_file():
-            raise UserError(f"the shard {file.name} is missing from {folder}: copy or prepare it again.")
-        if file.stat().st_size != tokens * dtype.itemsize:
+            raise UserError(f"the shard {file.name} is missing from {folder}: {RESTORE}.")
+        if file.stat().st_size != expected:
             raise UserError(
-                f"the shard {file.name} in {folder} has {file.stat().st_size:,} bytes, its index says "
-                f"{tokens * dtype.itemsize:,}: copy or prepare it again."
+                f"the shard {file.name} in {folder} has {file.stat().st_size:,} bytes, its index says {expected:,}: "
+                f"{RESTORE}."
             )
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            read = pool.map(lambda item: read_shard(item[0], dtype, vocab_size), files)
-            for (file, _, sha256), (actual, _) in zip(files, read, strict=True):
-                if actual != sha256:
+            read = pool.map(lambda shard: read_shard(path / shard["file"], dtype, vocab_size), shards)
+            for shard, (actual, _) in zip(shards, read, strict=True):
+                if actual != shard["sha256"]:
                     raise UserError(
-                        f"the shard {file.name} in {folder} is not what was written (SHA-256 {actual[:12]}…, not "
-                        f"{sha256[:12]}…): copy or prepare it again."
+                        f"the shard {shard['file']} in {folder} is not what was written (SHA-256 {actual[:12]}…, not "
+                        f"{shard['sha256'][:12]}…): {RESTORE}."
                     )
-    return corpus
+    sha256 = hashlib.sha256((path / INDEX).read_bytes()).hexdigest()
+    return ShardedCorpus(sha256=sha256, folder=path, index=index, **index["corpus"])

@@ -3,9 +3,9 @@
 import json
 import os
 import re
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,25 +14,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.files import check_whole
 from ..common.text import first_line
+from .documents import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
-CHUNK = 4_000  # characters of a piece of a long text
+CHUNK = 4_000  # characters of a piece of a long text, whose ids come as a list of Python's
 BATCH = 1_000  # texts; what the tokenizers library returns takes many times the memory of the ids
-KNOWN_CHARACTERS = 2**24  # of the words whose ids are kept, some 200 MB with all that belongs to them
-
-# Words between the places where `pieces` may cut, with the white space before them.
-_WORD = re.compile(r"\s*\S+(?:[^\S \n]\s*\S*)*|\s+")
-# Characters of which every version of Unicode says the same, and how GPT-2's tokenizer cuts a text of them.
-_LETTERS = "A-Za-zÀ-ÖØ-öø-ɏЀ-ҁҊ-ԯ"
-_PLAIN = re.compile(rf"[\0-\x7f{_LETTERS}«»–—‘’“”…]*")
-_SUBWORD = re.compile(
-    rf" (?:[{_LETTERS}]+|[0-9]+|[^\t-\r {_LETTERS}0-9]+)|[{_LETTERS}]+|'(?:[sdmt]|ll|ve|re)|[^\t-\r {_LETTERS}0-9]+"
-    r"|[0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+LONG_WORD = (
+    1_000  # characters; the library's trainer takes time that grows with the square of a word's length
 )
+
+# The words of GPT-2's tokenizer, as tiktoken writes them.
+_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # Byte-level BPE spells bytes as characters that can be seen; these are the bytes that are not their own.
 _UNSEEN = [byte for byte in range(256) if not (33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte)]
 SPELLING = {byte: 256 + number for number, byte in enumerate(_UNSEEN)}
 FIRST_LETTER = 0x10000  # from here on there are more code points than tokens, and no surrogates
+
+
+TextEncoder = Callable[[str], np.ndarray]
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -77,9 +75,17 @@ def train_bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedToke
     tokenizer.decoder = decoders.ByteLevel()
     # The end-of-text token comes last, as in GPT-2's vocabulary.
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(chain.from_iterable(map(short_words, texts)), trainer)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return _wrap(tokenizer)
+
+
+def short_words(text: str) -> Iterator[str]:
+    """The text in pieces for a trainer: cut where no token spans the place, and within words that are too long."""
+    for piece in pieces(text, LONG_WORD):
+        # Only a long word makes a piece so much longer than asked for.
+        size = LONG_WORD if len(piece) > 2 * LONG_WORD else 2 * LONG_WORD
+        yield from (piece[start : start + size] for start in range(0, len(piece), size))
 
 
 def extend_tokenizer(
@@ -108,7 +114,9 @@ def extend_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + count, limit_alphabet=len(alphabet), min_frequency=2, show_progress=False
     )
-    learner.train_from_iterator((letters[word] for word in words.elements()), trainer)
+    learner.train_from_iterator(
+        (part for word in words.elements() for part in short_words(letters[word])), trainer
+    )
 
     def spell(token: str) -> str:
         return "".join(backend.id_to_token(ord(letter) - FIRST_LETTER) for letter in token)
@@ -203,7 +211,7 @@ def _splits_words(backend: Tokenizer) -> bool:
     return is_bpe and splitter.use_regex and not splitter.add_prefix_space
 
 
-def _character_encoder(backend: Tokenizer) -> Callable[[str], np.ndarray] | None:
+def _character_encoder(backend: Tokenizer) -> TextEncoder | None:
     """Text to ids by table, for a tokenizer of single characters and of bytes that spell the others."""
     plain = (
         isinstance(backend.model, models.BPE) and backend.pre_tokenizer is None and backend.normalizer is None
@@ -230,93 +238,122 @@ def _character_encoder(backend: Tokenizer) -> Callable[[str], np.ndarray] | None
     return encode_text
 
 
-class _Subwords(dict):
-    """Subwords met so far -> their ids (int32); one that is new is encoded when it is asked for."""
+def _subword_encoder(backend: Tokenizer) -> TextEncoder | None:
+    """Text to ids by tiktoken, for a byte-level BPE that cuts text into words as GPT-2's does.
 
-    def __init__(self, model: models.BPE):
-        super().__init__()
-        self.model = model
-        self.characters = 0  # of all that is known
-
-    def __missing__(self, subword: str) -> bytes:
-        tokens = self.model.tokenize(subword.encode().decode("latin-1").translate(SPELLING))
-        self[subword] = ids = array("i", [token.id for token in tokens]).tobytes()
-        self.characters += len(subword)
-        return ids
-
-
-class _WordEncoder:
-    """Text to ids by a table of the words met so far, for a tokenizer that cuts text into words as GPT-2's does.
-
-    A text has few different words. The tokenizers library (0.23.3) spends most of its time on finding them, and looks
-    each of them up again.
+    tiktoken merges the pair whose bytes are the earliest token, the library the pair that was learned earliest. That
+    is the same where every token has one merge and comes out of its own letters as a whole: else None.
     """
+    import tiktoken
 
-    def __init__(self, backend: Tokenizer):
-        self.backend, self.known = backend, _Subwords(backend.model)
+    spec = json.loads(backend.to_str())["model"]
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "byte_fallback")
+    merged = ["".join(pair) for pair in spec["merges"]]
+    letters = [chr(SPELLING.get(byte, byte)) for byte in range(256)]
+    known = all(token in spec["vocab"] for token in letters)
+    if any(spec.get(option) for option in options) or not known or len({*merged}) < len(merged):
+        return None
+    if any([token.value for token in backend.model.tokenize(token)] != [token] for token in merged):
+        return None
+    bytes_of = {letter: byte for byte, letter in enumerate(letters)}
+    ranks = {bytes(map(bytes_of.__getitem__, token)): rank for rank, token in enumerate(letters + merged)}
+    encoding = tiktoken.Encoding("", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
+    ids = np.array([spec["vocab"][token] for token in letters + merged], dtype=np.int32)
 
-    def __call__(self, text: str) -> np.ndarray:
-        ids = []
-        for piece in pieces(text):
-            if self.known.characters > KNOWN_CHARACTERS:
-                self.known = _Subwords(self.backend.model)
-            if _PLAIN.fullmatch(piece):
-                words = _SUBWORD.findall(piece)
-            else:
-                words = _WORD.findall(piece)
-                self._learn({word for word in words if word not in self.known})
-            ids.append(b"".join(map(self.known.__getitem__, words)))
-        return np.frombuffer(bytearray().join(ids), dtype=np.int32)
+    def encode_text(text: str) -> np.ndarray:
+        parts = [np.array(encoding.encode_ordinary(piece), dtype=np.int64) for piece in pieces(text)]
+        return ids[np.concatenate(parts)]
 
-    def _learn(self, words: set[str]) -> None:
-        plain = set(filter(_PLAIN.fullmatch, words))
-        for word in plain:
-            self.known[word] = b"".join(map(self.known.__getitem__, _SUBWORD.findall(word)))
-        others = list(words - plain)
-        for word, ids in zip(others, _library_ids(self.backend, others), strict=True):
-            self.known[word] = ids.tobytes()
-        self.known.characters += sum(map(len, words))
+    return encode_text
 
 
-def _library_ids(backend: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """The ids of each text, with special tokens that are spelt out in it taken for ordinary text."""
+def _library_ids(
+    backend: Tokenizer, texts: Sequence[str], special_tokens: bool = False
+) -> Iterator[np.ndarray]:
+    """The ids of each text; special tokens that are spelt out in it are ordinary text, or the tokens."""
     before = backend.encode_special_tokens
     for start in range(0, len(texts), BATCH):
-        backend.encode_special_tokens = True
+        backend.encode_special_tokens = not special_tokens
         encodings = backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
         backend.encode_special_tokens = before
         yield from (np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarray] | None:
-    """What `encode` does, for a tokenizer whose texts may be cut into `pieces`; it grows faster with use.
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder | None:
+    """What `encode` does, for a tokenizer whose texts may be cut into `pieces`.
 
     None for all others, which the tokenizers library encodes as a whole.
     """
     backend = tokenizer.backend_tokenizer
-    encode_text = _character_encoder(backend)
-    return _WordEncoder(backend) if encode_text is None and _splits_words(backend) else encode_text
+    if _splits_words(backend):
+        return _subword_encoder(backend)
+    return _character_encoder(backend)
 
 
-def encode_each(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """The ids of each text, as `encode` gives them."""
-    encode_text = text_encoder(tokenizer)
-    return map(encode_text, texts) if encode_text else _library_ids(tokenizer.backend_tokenizer, texts)
+def encode_each(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], special_tokens: bool = False
+) -> Iterator[np.ndarray]:
+    """The ids of each text (int32), as `encode` gives them.
+
+    Args:
+        special_tokens: take those that are spelt out in the text for the tokens.
+    """
+    encode_text = None if special_tokens else text_encoder(tokenizer)
+    if encode_text is None:
+        return _library_ids(tokenizer.backend_tokenizer, texts, special_tokens)
+    return map(encode_text, texts)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
-    """The ids of a text, as an int32 array; a special token spelt out in the text stays ordinary text.
-
-    A table look-up where tokens are characters (hundreds of millions a second, against 9 million of the
-    tokenizers library on 2 cores) or parts of words, the library elsewhere.
-    """
+    """The ids of a text, as an int32 array; a special token spelt out in the text stays ordinary text."""
     return next(encode_each(tokenizer, [text]))
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> np.ndarray:
-    """The ids of all documents, as an int32 array, with the end-of-text token between each two."""
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], special_tokens: bool = False
+) -> np.ndarray:
+    """The ids of all documents, as an int32 array, with the end-of-text token between each two.
+
+    Args:
+        special_tokens: as for `encode_each`.
+    """
     end = np.array([tokenizer.eos_token_id], dtype=np.int32)
-    return np.concatenate([part for ids in encode_each(tokenizer, documents) for part in (end, ids)][1:])
+    each = encode_each(tokenizer, documents, special_tokens)
+    return np.concatenate([np.zeros(0, dtype=np.int32), *[part for ids in each for part in (end, ids)][1:]])
+
+
+def special_tokens_spelt(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Counter[str]:
+    """How often the documents spell each special token of the tokenizer."""
+    special = [
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content
+    ]
+    if not special:
+        return Counter()
+    # Of two that begin alike the longer one is meant.
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    return Counter(match for document in documents for match in pattern.findall(document))
+
+
+def misfit(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, characters: int) -> str | None:
+    """What to say of a tokenizer that cannot spell a text well; None for one that can.
+
+    Args:
+        ids: of the text.
+        characters: of the text.
+    """
+    unknown = tokenizer.unk_token_id
+    lost = 0 if unknown in (None, tokenizer.eos_token_id) else np.count_nonzero(ids == unknown) / len(ids)
+    if lost > 0.001:
+        return (
+            f"the tokenizer has no token for {lost:.1%} of the text, which is lost: train one on it, with --tokenizer "
+            "char or bpe or by recipes/train_tokenizer.py."
+        )
+    if len(ids) > 1.05 * characters:
+        return (
+            f"the tokenizer takes {len(ids) / characters:.2f} tokens per character of this text: --tokenizer char takes "
+            "one, bpe and recipes/train_tokenizer.py learn from the text, and fine-tuning has --extend_vocabulary."
+        )
+    return None
 
 
 def encode_with_spans(

@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import signature
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -27,7 +28,11 @@ from .layers import plain, plain_rms_norm, swiglu
 
 # Below this temperature the likeliest token has all the probability that float32 tells from none, unless two logits tie.
 COLDEST = 1e-5
-CACHES = ("past_key_values", "cache_params")  # attention's, and that of recurrent models as Mamba
+CACHES = (
+    "past_key_values",
+    "cache_params",
+    "state",
+)  # attention's, and those of recurrent models as Mamba and RWKV
 
 
 class Sampler:
@@ -83,12 +88,14 @@ class CachedDecoder:
 
     def __init__(self, model: PreTrainedModel, sampler: Sampler):
         self.model, self.sampler = model, sampler
+        forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+        self.last = {"logits_to_keep": 1} if "logits_to_keep" in signature(forward).parameters else {}
 
     def continue_(self, ids: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """The `count` tokens that follow a text (B T), each B; T + count may be one more than the context."""
         unread, cache = ids, {}
         for _ in range(count):
-            output = self.model(input_ids=unread, use_cache=True, logits_to_keep=1, **cache)
+            output = self.model(input_ids=unread, use_cache=True, **self.last, **cache)
             cache = {name: output[name] for name in CACHES if output.get(name) is not None}
             token = self.sampler(output.logits[:, -1])
             yield token

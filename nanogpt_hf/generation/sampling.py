@@ -20,6 +20,7 @@ class SamplingSettings(Settings):
         None, "choose among the likeliest tokens that hold this share of probability", ge=0, le=1
     )
     stop: list[str] = setting([], "end before the first of these strings")
+    int8: bool = setting(False, "weights in 8 bits, on a CPU: large models write faster, and a little worse")
     seed: int | None = setting(
         None,
         "the same seed gives the same text on the same device; default: another each time",

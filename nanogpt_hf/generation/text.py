@@ -19,6 +19,7 @@ def generate_ids(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     max_new_tokens: int | None = None,
+    int8: bool = False,
     **sampling: Any,
 ) -> Iterator[torch.Tensor]:
     """The next token of every row of input_ids (B T), each B, one after another.
@@ -28,6 +29,7 @@ def generate_ids(
 
     Args:
         max_new_tokens: the end; None goes on for ever.
+        int8: hold the weights in 8 bits while they are read for one token after the other; on a CPU.
         sampling: temperature (0.8; 0 takes the likeliest token), top_k, top_p, and the seed of a generator of its
             own: the global one is left alone. A seed gives the same tokens on the same device.
     """
@@ -35,7 +37,7 @@ def generate_ids(
     window = input_ids.to(model.device)[:, -context:]
     left = sys.maxsize if max_new_tokens is None else max_new_tokens
     sampler = Sampler(model, **sampling)
-    decoder = make_decoder(model, sampler, rows=len(window), room=min(context, window.shape[1] + left))
+    decoder = make_decoder(model, sampler, len(window), min(context, window.shape[1] + left), int8)
     was_training = model.training
     model.eval()
     try:
@@ -136,7 +138,7 @@ def stream_text(
         prompt: a text, whose spelt-out special tokens are text too, or the ids of one, as a chat template gives.
         stop: a continuation ends before the first of these; it also ends at the end-of-text token, and at those that
             the model's generation config names.
-        sampling: temperature, top_k, top_p and seed of `generate_ids`.
+        sampling: temperature, top_k, top_p, seed and int8 of `generate_ids`.
 
     Raises:
         UserError: the prompt is empty, or is not Unicode text.

@@ -39,7 +39,7 @@ class Writer:
     @classmethod
     def load(cls, name_or_path: str, device: str, dtype: torch.dtype, chats: bool | None = None) -> "Writer":
         """Raises UserError as `load_model_and_tokenizer` does."""
-        model, tokenizer = load_model_and_tokenizer(name_or_path, dtype)
+        model, tokenizer = load_model_and_tokenizer(name_or_path, dtype, to_write=True)
         nn.Module.to(model, device)
         return cls(name_or_path, model, tokenizer, chats)
 

@@ -98,6 +98,20 @@ def native_fields(family: str, config: dict) -> dict:
     return fields | {"architecture": family}
 
 
+def native_config(plain: PreTrainedConfig) -> NanoGPTConfig | None:
+    """Our config of the network that transformers' config describes, None where ours cannot hold it."""
+    if plain.model_type not in FAMILIES:
+        return None
+    fields = plain.to_dict()
+    if plain.model_type == "gpt2":
+        named = {key: fields[key] for key in GPT2Config().to_dict() if key in fields}
+        return NanoGPTConfig(**named | {"architectures": None})
+    try:
+        return NanoGPTConfig(**native_fields(plain.model_type, fields))
+    except UserError:
+        return None
+
+
 def plain_config(config: NanoGPTConfig, family: str) -> PreTrainedConfig:
     """transformers' own config of the same network."""
     config_class, model_class = FAMILIES[family]
@@ -161,18 +175,34 @@ def to_plain(model: NanoGPTForCausalLM) -> PreTrainedModel:
 
 
 def to_native(plain: PreTrainedModel, config: NanoGPTConfig) -> NanoGPTForCausalLM:
-    """A Qwen3ForCausalLM or LlamaForCausalLM in our class; only the projections that ours stacks are copied."""
+    """A model of transformers' own class in ours; only the projections that ours stacks are copied."""
     weights = plain.state_dict()
     with init_empty_weights():
         model = NanoGPTForCausalLM(config)
-    state = {}
-    for ours, theirs in weight_names(config).items():
-        parts = [weights[name] for name in theirs]
-        state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    model.load_state_dict(state, assign=True)
+    if plain.config.model_type != "gpt2":
+        for ours, theirs in weight_names(config).items():
+            parts = [weights.pop(name) for name in theirs]
+            weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    model.load_state_dict(weights, assign=True)
     model.tie_weights()
     model.generation_config = plain.generation_config
     return model.eval()
+
+
+def as_native(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
+    """The model in our class, where it is one of transformers' that ours holds exactly; else as it is.
+
+    Args:
+        changes: fields of our config to set, dropouts for instance.
+    """
+    if type(model) not in [model_class for _, model_class in FAMILIES.values()]:
+        return model
+    config = native_config(model.config)
+    if config is None:
+        return model
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return to_native(model, config)
 
 
 def _read(family: str, name: str, *args, config: NanoGPTConfig | None = None, **kwargs: Any) -> tuple:

@@ -1,7 +1,7 @@
 """Any causal language model with its own tokenizer, from a folder or the Hub.
 
-Ours, plain GPT-2 and Qwen3, whatever else transformers has, and peft adapters. Nothing that is loaded can run
-code: remote code is refused, and so are weights in pickles.
+Ours, plain GPT-2, Qwen3 and Llama, whatever else transformers has, peft adapters, and what bases.py makes a checkpoint
+of. Nothing that is loaded can run code: remote code is refused, and so are weights in pickles.
 """
 
 import hashlib
@@ -28,15 +28,19 @@ from ..common.files import check_whole
 from ..common.paths import check_model_name
 from ..common.text import first_line
 from ..data.tokenization import load_tokenizer
+from .bases import local_checkpoint
 from .configuration_nanogpt import NanoGPTConfig
+from .conversion import as_native
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .presets import preset_config
 
 NO_LIMIT = 2048  # tokens
+# Words for a context in configs that do not say max_position_embeddings, by any of its aliases.
+CONTEXT_FIELDS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
 
 def load_model_and_tokenizer(
-    name_or_path: str, dtype: torch.dtype = torch.float32
+    name_or_path: str, dtype: torch.dtype = torch.float32, to_write: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A model ready for evaluation and sampling, and the tokenizer it was trained with.
 
@@ -45,21 +49,25 @@ def load_model_and_tokenizer(
 
     Args:
         dtype: of the weights in memory, whatever it is in the file.
+        to_write: merge an adapter, and hold the model in our class where that can be, which writes many times faster
+            (generation/decoding.py); its logits agree to 1e-4.
 
     Raises:
         UserError: there is no such model, it is not a causal language model, it needs code of its own, its
             files do not belong together, or the tokenizer has ids that the model does not embed.
     """
     check_model_name(name_or_path)
-    name = os.path.expanduser(name_or_path)
+    name = local_checkpoint(name_or_path)
     if find_file(name, "adapter_config.json") is None:
-        model = _load_model(name, dtype)
+        model = load_causal_lm(name, dtype)
         tokenizer = load_tokenizer(name)
         check_vocabulary(tokenizer, model)
     else:
-        # In float32 first, which tells whether it is the base that the adapter was trained on.
-        model, tokenizer = put_on_base(name, lambda base: _load_model(base, torch.float32))
-        model.to(dtype)
+        # In float32: so it shows whether it is the base that the adapter was trained on, and what an adapter adds to a
+        # weight is less than bfloat16 tells apart.
+        model, tokenizer = put_on_base(name, lambda base: load_causal_lm(base, torch.float32))
+        model = (model.merge_and_unload() if to_write else model).to(dtype)
+    model = as_native(model) if to_write else model
     suppress_padding(tokenizer, model)
     return model.eval(), tokenizer
 
@@ -76,7 +84,7 @@ def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple
         raise UserError(f"{name} holds no adapter_model.safetensors, and weights in pickles are not read.")
     check_whole(name, is_of_a_model)
     try:
-        base = os.path.expanduser(PeftConfig.from_pretrained(name).base_model_name_or_path or "")
+        base = local_checkpoint(PeftConfig.from_pretrained(name).base_model_name_or_path or "")
         model = load_base(base)
         check_base(Path(name), base, model)
         tokenizer = load_tokenizer(name if find_file(name, "tokenizer.json") else base)
@@ -100,8 +108,12 @@ def base_sha256(model: PreTrainedModel) -> dict[str, str]:
     """SHA-256 of the weights that an adapter is to be trained on, as they were loaded: of all but the embeddings, and of
     those, which added tokens change."""
     digests = {"base": hashlib.sha256(), "base_embeddings": hashlib.sha256()}
-    for name, parameter in model.named_parameters():
-        digest = digests["base_embeddings" if "wte" in name or "lm_head" in name else "base"]
+    embeddings = [
+        module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
+    ]
+    embedded = {id(parameter) for module in embeddings for parameter in module.parameters()}
+    for parameter in model.parameters():
+        digest = digests["base_embeddings" if id(parameter) in embedded else "base"]
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
@@ -163,7 +175,15 @@ def find_file(name: str, file: str) -> str | None:
         return None
 
 
-def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(name: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """A causal language model in transformers' own class for it, or ours, from a folder or the Hub.
+
+    Args:
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: it is none, it is not to be had, or its files do not belong together.
+    """
     is_folder = os.path.isdir(name)
     if is_folder and find_file(name, "config.json") is None:
         raise UserError(f"{name} holds no config.json: {where_models_are(name)}.")
@@ -194,6 +214,7 @@ def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **options,
         )
     except Exception as error:
         raise UserError(f"the weights of {name} cannot be loaded: {first_line(error)}.") from error
@@ -213,7 +234,9 @@ def _load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def context_length(model: PreTrainedModel) -> int:
     """Tokens that a model is to see at once; NO_LIMIT where its config names none (ALiBi, recurrent models)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+    config = model.config.get_text_config()
+    lengths = (getattr(config, field, None) for field in CONTEXT_FIELDS)
+    return next((length for length in lengths if length), NO_LIMIT)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
@@ -246,7 +269,7 @@ def load_native(name_or_path: str | os.PathLike, **options: Any) -> NanoGPTForCa
     if os.path.isdir(name_or_path):
         check_whole(name_or_path, is_of_a_model)
     try:
-        model = NanoGPTForCausalLM.from_pretrained(name_or_path, **options)
+        model = NanoGPTForCausalLM.from_pretrained(local_checkpoint(str(name_or_path)), **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{first_line(error)}.") from error
     check_finite(model, name_or_path)

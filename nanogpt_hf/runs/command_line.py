@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from ..common.errors import UserError
 from ..common.files import check_no_writer, damage
 from ..common.paths import check_model_name
 from ..common.settings import OF_A_START, RunSettings
-from ..data.readers import check_corpus
+from ..data.sources import check_corpus
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -37,8 +38,9 @@ def read_settings(cls: type[R], description: str | None, defaults: Callable[[Val
 
 def check_paths(said: Values) -> None:
     """Raises UserError where something that the user has named is not there."""
-    if said.get("corpus"):
-        check_corpus(said["corpus"])
+    for name, what in (("corpus", "Corpus"), ("validation_file", "--validation_file")):
+        if said.get(name):
+            check_corpus(said[name], what)
     for name in ("model_name_or_path", "tokenizer"):
         if said.get(name) and said[name] not in ("char", "bpe"):
             check_model_name(said[name])
@@ -82,7 +84,7 @@ def _settings_in_yaml(cls: type[RunSettings], path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return read_yaml(path, cls.__dataclass_fields__, cls.RETIRED)
+        return {**cls.BEFORE, **read_yaml(path, [item.name for item in fields(cls)], cls.RETIRED)}
     except UserError as error:
         raise UserError(
             f"what the run was started with cannot be read: {str(error).rstrip('.')}; to go on, delete that file and give "

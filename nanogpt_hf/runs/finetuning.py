@@ -1,6 +1,8 @@
 """Fine-tuning from a command line: a base, an adapter on it (or all its weights), and the way of every run."""
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -8,12 +10,18 @@ from ..common.errors import UserError
 from ..common.settings import FinetuningSettings
 from ..data.corpora import AnyCorpus
 from ..data.tokenization import extend_tokenizer, load_tokenizer
-from ..model.loading import base_sha256, check_vocabulary
+from ..model.bases import local_checkpoint
+from ..model.loading import base_sha256, check_vocabulary, context_length
 from ..training.checkpoints import Progress
 from ..training.hardware import device_type
+from ..training.loop import train
 from ..training.lora import add_adapter, describe_trained, extend_embedding, load_base, quantization
+from ..training.run_folder import alone_in
 from .pretraining import settle_generation
-from .run import describe, language_modeling, make_ready, resolve, start, train_and_finish
+from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
+from .showing import Showing
+
+LONGEST_CONTEXT = 1024  # tokens, unless more is asked for: bases of today see tens of thousands
 
 
 def finetune(settings: FinetuningSettings) -> Progress:
@@ -25,11 +33,17 @@ def finetune(settings: FinetuningSettings) -> Progress:
     check_that_others_can_load(settings)
     accelerator, corpus = start(settings)
     tokenizer, model, base, lines = adapt_base(settings, corpus)
-    settings = resolve(settings, accelerator, corpus, tokenizer, model)
+    context = settings.n_positions or min(context_length(model), LONGEST_CONTEXT)
+    settings = resolve(replace(settings, n_positions=context), accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
-    describe(accelerator, settings, corpus, tokenizer, model, lines)
-    return train_and_finish(accelerator, settings, corpus, tokenizer, model, objective, base)
+    settings = settle_length(accelerator, settings, model, objective)
+    describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
+    show = Showing(accelerator, settings, corpus)
+    with alone_in(accelerator, Path(settings.output_dir)):
+        progress = train(accelerator, settings, corpus, tokenizer, model, objective, show, base)
+        finish(accelerator, settings, corpus, progress, show)
+    return progress
 
 
 def check_that_others_can_load(settings: FinetuningSettings) -> None:
@@ -54,7 +68,7 @@ def adapt_base(
     name = settings.model_name_or_path
     options = settings.dropouts() | quantization(settings, device_type(settings.use_cpu))
     model = load_base(name, whole=settings.full, **options)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(local_checkpoint(name))
     check_vocabulary(tokenizer, model)
     base = {} if settings.full else base_sha256(model)
     lines = [format_token_rate("the base's tokenizer", tokenizer, corpus)]

@@ -1,16 +1,21 @@
 """Pretraining: a tokenizer and a new model, or one that goes on, and the way of every run."""
 
 import math
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.settings import TrainingSettings
 from ..data.corpora import AnyCorpus
 from ..model import NanoGPTForCausalLM
-from ..model.loading import check_vocabulary, load_native, make_config, suppress_padding
+from ..model.bases import local_checkpoint
+from ..model.loading import check_vocabulary, context_length, load_native, make_config, suppress_padding
 from ..training.checkpoints import Progress
-from .run import describe, language_modeling, make_ready, resolve, start, train_and_finish
+from ..training.loop import train
+from ..training.run_folder import alone_in
+from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
+from .showing import Showing
 
 SIZES = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner n_positions".split()
 
@@ -26,8 +31,13 @@ def pretrain(settings: TrainingSettings) -> Progress:
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
-    describe(accelerator, settings, corpus, tokenizer, model)
-    return train_and_finish(accelerator, settings, corpus, tokenizer, model, objective)
+    settings = settle_length(accelerator, settings, model, objective)
+    describe(accelerator, settings, corpus, tokenizer, model, objective)
+    show = Showing(accelerator, settings, corpus)
+    with alone_in(accelerator, Path(settings.output_dir)):
+        progress = train(accelerator, settings, corpus, tokenizer, model, objective, show)
+        finish(accelerator, settings, corpus, progress, show)
+    return progress
 
 
 def make_tokenizer_and_model(
@@ -39,7 +49,8 @@ def make_tokenizer_and_model(
         UserError: settings that contradict each other, or a tokenizer with more tokens than the model.
     """
     base = settings.model_name_or_path
-    tokenizer = corpus.make_tokenizer(base or settings.tokenizer, settings.vocab_size)
+    source = local_checkpoint(base) if base else settings.tokenizer
+    tokenizer = corpus.make_tokenizer(source, settings.vocab_size)
     if base:
         model = load_native(base, dtype=torch.float32, **settings.dropouts())
     else:
@@ -59,19 +70,20 @@ def make_tokenizer_and_model(
 
 
 def settle_generation(
-    tokenizer: PreTrainedTokenizerFast, model: NanoGPTForCausalLM, corpus: AnyCorpus, new: bool
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, corpus: AnyCorpus, new: bool
 ) -> None:
     """How the model will generate, saved with it.
 
     What training never shows a new model, it never samples: padding, bytes and, where no document ends, the end of
     text. Of a base that goes on, only what it did not sample before either.
     """
-    tokenizer.model_max_length = model.config.n_positions
+    tokenizer.model_max_length = context_length(model)
+    rows = model.get_input_embeddings().weight.shape[0]
     generation = model.generation_config
     generation.do_sample = True
     generation.bos_token_id = generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
-    candidates = range(model.config.vocab_size) if new else generation.suppress_tokens
+    candidates = range(rows) if new else generation.suppress_tokens
     if candidates:  # or there is no need to read the text
-        unseen = corpus.unseen_ids(tokenizer, model.config.vocab_size)
+        unseen = corpus.unseen_ids(tokenizer, rows)
         generation.suppress_tokens = sorted({*unseen} & {*candidates}) or None
     suppress_padding(tokenizer, model)  # a base from elsewhere may not say it

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -18,20 +18,26 @@ from ..common.recipes import command
 from ..common.settings import RunSettings
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.token_stream import TokenStream
+from ..model.loading import context_length
 from ..sharing.export import choose_format, export_run
 from ..sharing.hub import check_push, push
 from ..training.best_model import show_best
 from ..training.checkpoints import Progress
 from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
-from ..training.loop import train
 from ..training.objectives import LanguageModeling, Objective
 from ..training.reporting import check_trackers, read_metrics, say
-from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
+from ..training.timing import steps_in_time
 from .showing import Showing, sample_base
 
 R = TypeVar("R", bound=RunSettings)
+
+MANY_PASSES = 100
+AGAIN_AND_AGAIN = (
+    "a model learns a text by heart that it reads so often: give more text or fewer --max_steps, or fine-tune a model "
+    "that has read more (recipes/finetune_lora.py)."
+)
 
 
 def start(settings: RunSettings) -> tuple[Accelerator, AnyCorpus]:
@@ -48,8 +54,8 @@ def start(settings: RunSettings) -> tuple[Accelerator, AnyCorpus]:
         corpus = load_corpus(
             settings.corpus,
             settings.validation_split_percentage,
-            settings.text_column,
-            settings.document_end,
+            document_end=settings.document_end,
+            **settings.reading_options(),
         )
     set_seed(settings.seed)
     return accelerator, corpus
@@ -68,28 +74,47 @@ def resolve(
 ) -> R:
     """The settings as the run will have them: no default left open that decides a length, a rate or a name.
 
+    Only max_steps is still None where nothing but max_minutes says how long the run is.
+
     Raises:
         UserError: they ask for what the model or the text cannot give.
     """
-    context = model.config.max_position_embeddings
+    context = context_length(model)
     T = settings.n_positions or context
     if T > context:
         raise UserError(f"--n_positions is {T}, more than the base's context of {context}.")
     changes = {"output_dir": settings.folder(), "n_positions": T}
-    max_steps = settings.max_steps
-    if max_steps is None:
-        if settings.num_train_epochs is None:
-            raise UserError("the run has no end: give --max_steps or --num_train_epochs.")
+    tokens = settings.train_tokens
+    if settings.num_train_epochs is not None:
         tokens = settings.num_train_epochs * len(corpus.ids("train", tokenizer))
-        max_steps = max(1, math.ceil(tokens / (global_batch_size(settings, accelerator) * T)))
-    changes |= {"max_steps": max_steps, "warmup_steps": min(settings.warmup_steps, max_steps // 2)}
     if hasattr(settings, "vocab_size"):
         changes["vocab_size"] = len(tokenizer)
     if settings.push_to_hub:
         changes["hub_model_id"] = hub_name(settings)
     if asks_for_checkpointing():
         changes["gradient_checkpointing"] = True
-    return replace(settings, **changes)
+    settings = replace(settings, **changes)
+    if settings.max_steps is None and tokens is not None:
+        return of_length(settings, math.ceil(tokens / (global_batch_size(settings, accelerator) * T)))
+    if settings.max_steps is None and settings.max_minutes is None:
+        raise UserError(
+            "the run has no end: give --max_steps, --train_tokens, --num_train_epochs or --max_minutes."
+        )
+    return settings if settings.max_steps is None else of_length(settings, settings.max_steps)
+
+
+def of_length(settings: R, steps: int) -> R:
+    """The settings of a run of so many steps, with its warm-up in steps."""
+    steps = max(1, steps)
+    warmup = settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * steps
+    return replace(settings, max_steps=steps, warmup_steps=min(round(warmup), steps // 2))
+
+
+def settle_length(accelerator: Accelerator, settings: R, model: PreTrainedModel, objective: Objective) -> R:
+    """Resolved settings with a number of steps, where nothing but max_minutes has said how long the run is."""
+    if settings.max_steps is not None:
+        return settings
+    return of_length(settings, steps_in_time(accelerator, settings, model, objective))
 
 
 def make_ready(settings: RunSettings, model: PreTrainedModel) -> None:
@@ -101,8 +126,9 @@ def make_ready(settings: RunSettings, model: PreTrainedModel) -> None:
     if settings.push_to_hub or getattr(settings, "merge", False):
         choose_format(model.config, settings.hub_format)
     # Without a limit of its own a pipeline's default runs past the context.
-    model.generation_config.max_length = model.config.n_positions
-    model.set_attn_implementation(settings.attn_implementation)
+    model.generation_config.max_length = context_length(model)
+    with suppress(ValueError):  # of a base whose class has its own attention only, or none
+        model.set_attn_implementation(settings.attn_implementation)
     if settings.gradient_checkpointing:
         # Renamed in transformers 5.2x.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -137,6 +163,7 @@ def describe(
     corpus: AnyCorpus,
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
+    objective: LanguageModeling,
     lines: Sequence[str] = (),
 ) -> None:
     """The first screen: what will happen.
@@ -145,23 +172,30 @@ def describe(
         settings: resolved.
         lines: what is to be said beside, of the size or of the adapter.
     """
-    config = model.config
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
     rate = f"{settings.optim}, learning rate {settings.learning_rate:g}"
     if settings.optim == "muon":
         rate = (
             f"muon, learning rates {settings.muon_learning_rate:g} and, of AdamW, {settings.learning_rate:g}"
         )
+    if settings.vector_learning_rate is not None:
+        rate += f", of norms and biases {settings.vector_learning_rate:g}"
+    passes = settings.max_steps * objective.tokens_per_step / len(objective.train)
     say(
         accelerator,
         *([f"NOTE: {corpus.notice}"] if corpus.notice else []),
         f"hardware   {describe_device(accelerator)}",
-        f"corpus     {corpus.name}: {corpus.characters('train'):,} characters, and {corpus.characters('validation'):,} for validation",
+        *corpus.reading,
         f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {len(tokenizer):,} tokens",
-        f"model      {config.architecture}, {model.num_parameters() / 1e6:.2f}M parameters: {config.n_layer} layers, "
-        f"{config.n_head} heads, width {config.n_embd}, context {config.n_positions}",
+        *corpus.remarks(tokenizer),
+        f"model      {getattr(config, 'architecture', config.model_type)}, {model.num_parameters() / 1e6:.2f}M parameters: "
+        f"{config.num_hidden_layers} layers, {f'{heads} heads, ' if heads else ''}width {config.hidden_size}, context "
+        f"{context_length(model)}",
         *lines,
-        f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens; "
-        f"validation every {settings.eval_steps}",
+        f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens, "
+        f"{passes:.3g} times the text; validation every {settings.eval_steps}",
+        *([f"warning: {AGAIN_AND_AGAIN}"] if passes > MANY_PASSES else []),
         f"optimiser  {rate}, warm-up {settings.warmup_steps} steps, then {settings.lr_scheduler_type}",
         f"output     {settings.output_dir}",
     )
@@ -181,27 +215,6 @@ def memory_words(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return []
     return [f"peak memory     {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"]
-
-
-def train_and_finish(
-    accelerator: Accelerator,
-    settings: RunSettings,
-    corpus: AnyCorpus,
-    tokenizer: PreTrainedTokenizerFast,
-    model: PreTrainedModel,
-    objective: Objective,
-    base: Mapping[str, str] = MappingProxyType({}),
-) -> Progress:
-    """The run itself, alone in its folder; arguments as of `train`.
-
-    Raises:
-        UserError: as `train`, or another process is writing into the folder.
-    """
-    show = Showing(accelerator, settings, corpus)
-    with alone_in(accelerator, Path(settings.output_dir)):
-        progress = train(accelerator, settings, corpus, tokenizer, model, objective, base, show)
-        finish(accelerator, settings, corpus, progress, show)
-    return progress
 
 
 def finish(

@@ -14,9 +14,8 @@ from ..common.files import written_if_possible
 from ..common.settings import RunSettings
 from ..common.text import first_line, printable
 from ..data.corpora import AnyCorpus
-from ..data.tokenization import load_tokenizer
 from ..generation.text import generate_text
-from ..model.loading import load_model_and_tokenizer, load_native
+from ..model.loading import load_model_and_tokenizer
 from ..sharing.model_card import make_card
 from ..training.reporting import draw_loss_curve, read_metrics, say
 
@@ -72,7 +71,7 @@ class Showing:
 
     def _sample(self, folder: Path) -> str:
         # Whole, where the one that trains may be sharded.
-        model, tokenizer = load_model_and_tokenizer(str(folder))
+        model, tokenizer = load_model_and_tokenizer(str(folder), to_write=True)
         return sample(model.to(self.accelerator.device), tokenizer, self.settings.seed)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
@@ -90,8 +89,8 @@ def sample_base(accelerator: Accelerator, settings: RunSettings) -> str | None:
     """What the base writes without training, if it can still be had."""
     base = settings.model_name_or_path
     try:
-        model = load_native(base).to(accelerator.device)
-        return sample(model, load_tokenizer(base), settings.seed)
+        model, tokenizer = load_model_and_tokenizer(base, to_write=True)
+        return sample(model.to(accelerator.device), tokenizer, settings.seed)
     except UserError as error:
         say(accelerator, f"warning: no samples of the base, {first_line(error)}.")
         return None

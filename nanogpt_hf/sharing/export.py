@@ -7,14 +7,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.files import MANIFEST, check_whole, folder_written_whole
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
-from ..model.conversion import FAMILIES, family_of, to_plain
-from ..model.loading import is_of_a_model, load_model_and_tokenizer, load_native, where_models_are
+from ..model.conversion import FAMILIES, as_native, family_of, native_config, to_plain
+from ..model.loading import (
+    is_of_a_model,
+    load_causal_lm,
+    load_model_and_tokenizer,
+    load_native,
+    where_models_are,
+)
 from ..training.lora import load_merged
 from .gguf import export_gguf
 from .model_card import make_card
@@ -26,12 +32,18 @@ ADAPTER_FILES = (
 ).split()
 
 
-def choose_format(config: NanoGPTConfig, format: str = "auto") -> str:
-    """The format that a model is written in.
+def choose_format(config: PreTrainedConfig, format: str = "auto") -> str:
+    """The format that a model is written in: its model type, where our class does not hold it.
 
     Raises:
         UserError: there is no such format, or the model cannot be written in it.
     """
+    if not isinstance(config, NanoGPTConfig):
+        model_type, config = config.model_type, native_config(config)
+        if config is None:
+            if format not in ("auto", model_type):
+                raise UserError(f"a model of type {model_type} is written as it is: use the format auto.")
+            return model_type
     plain = family_of(config)
     if format == "auto":
         return plain or "nanogpt"
@@ -200,10 +212,23 @@ def _export_whole(folder: Path, target: Path, format: str, quantization: str, na
     elif format == "gguf":
         model, tokenizer = load_model_and_tokenizer(str(folder))
     elif (folder / "config.json").is_file():
-        model, tokenizer = load_native(folder), load_tokenizer(str(folder))
+        model, tokenizer = _load_whole(folder), load_tokenizer(str(folder))
     else:
         raise UserError(f"{folder} holds no config.json: {where_models_are(folder)}.")
-    if format == "gguf" and not isinstance(model, NanoGPTForCausalLM):
+    model = model if format == "gguf" else as_native(model)
+    written = choose_format(model.config, format)
+    if isinstance(model, NanoGPTForCausalLM):
+        return export(model, tokenizer, target, format, quantization, name)
+    if written == "gguf":
         export_gguf(model, tokenizer, target, quantization, name)
-        return format
-    return export(model, tokenizer, target, format, quantization, name)
+    else:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return written
+
+
+def _load_whole(folder: Path) -> PreTrainedModel:
+    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind in (NanoGPTConfig.model_type, *FAMILIES):
+        return load_native(folder)
+    return load_causal_lm(str(folder), "auto")

@@ -22,7 +22,7 @@ from ..training.reporting import read_metrics
 
 # Settings that say where a run was and with whom it is shared, not what was trained.
 NOT_IN_A_CARD = (
-    "corpus model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
+    "corpus validation_file model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
     "hub_model_id hub_private_repo hub_format"
 ).split()
 LOADING = {
@@ -33,11 +33,12 @@ LOADING = {
         "# with nanogpt_hf installed, `import nanogpt_hf` takes the place of trust_remote_code=True\n"
     ),
     "adapter": (
-        "from peft import AutoPeftModelForCausalLM\n"
-        "from transformers import AutoTokenizer, GenerationConfig, pipeline\n\n"
-        "model = AutoPeftModelForCausalLM.from_pretrained({name})\n"
-        "model.generation_config = GenerationConfig.from_pretrained({name})\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline\n\n"
         "tokenizer = AutoTokenizer.from_pretrained({name})\n"
+        "model = AutoModelForCausalLM.from_pretrained({base}{trust})\n{resize}"
+        "model = PeftModel.from_pretrained(model, {name})\n"
+        "model.generation_config = GenerationConfig.from_pretrained({name})\n"
         'generate = pipeline("text-generation", model, tokenizer=tokenizer)\n'
     ),
 }
@@ -84,7 +85,7 @@ def make_card(
     settings = read_run(run / "run.yaml")
     record = settings.pop("record", {})
     corpus = record.get("corpus", {})
-    base = settings.get("model_name_or_path")
+    base, base_facts = settings.get("model_name_or_path"), record.get("base", {})
     config = (
         json.loads((model / "config.json").read_text(encoding="utf-8"))
         if (model / "config.json").exists()
@@ -93,7 +94,8 @@ def make_card(
     rows = read_metrics(run / "metrics.jsonl")
     best = _best(model, rows)
     corpus_name = last_part(corpus["name"]) if corpus else None
-    format = format or ("adapter" if (model / "adapter_config.json").exists() else "nanogpt")
+    is_adapter = (model / "adapter_config.json").exists()
+    format = format or ("adapter" if is_adapter else config.get("model_type", "nanogpt"))
     samples, samples_before = read_samples(shown / "samples.txt"), read_samples(run / "samples_before.txt")
 
     data = ModelCardData(
@@ -102,18 +104,21 @@ def make_card(
         pipeline_tag="text-generation",
         tags=["nanogpt_hf", *([config["architecture"]] if "architecture" in config else [])],
         datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source", "")) or None,
-        base_model=base if base and _is_hub_id(base) else None,
+        base_model=base_facts.get("hub_id") if base_facts else base if base and _is_hub_id(base) else None,
         model_name=printable(name),
         eval_results=_results(corpus_name, best, rows) if corpus and "eval_loss" in best else None,
-        **_license(corpus.get("license")),
+        **_license(base_facts.get("license") or corpus.get("license")),
     )
     body = [
         f"# {_plain_words(name.split('/')[-1])}",
         _opening_words(format, config, model if format == "gguf" else weights, corpus_name, base),
     ]
-    body += ["## Use", _loading_block(weights, name, format, samples)]
+    on_base = _base_fields(base, base_facts, settings) if format == "adapter" else {}
+    body += ["## Use", _loading_block(weights, name, format, samples, on_base)]
     if format == "onnx":
         body += ["In a browser, or in Node.js:", _fenced(_javascript_lines(name, weights, samples), "js")]
+    if base_facts:
+        body += ["## Base", _base_words(last_part(base), base_facts)]
     if corpus:
         body += ["## Corpus", _corpus_words(corpus)]
     if best:
@@ -225,14 +230,40 @@ def _opening_words(format: str, config: dict, folder: Path, corpus_name: str | N
     return words + "."
 
 
-def _loading_block(target: Path, name: str, format: str, samples: str) -> str:
+def _base_fields(base: str, facts: dict, settings: dict) -> dict[str, str]:
+    """How an adapter's card loads its base: by the Hub's name where it has one, else by that of its folder."""
+    return {
+        "base": json.dumps(facts.get("hub_id") or last_part(base), ensure_ascii=False),
+        "trust": ", trust_remote_code=True" if facts.get("model_type") == "nanogpt" else "",
+        "resize": "model.resize_token_embeddings(len(tokenizer))\n"
+        if settings.get("extend_vocabulary")
+        else "",
+    }
+
+
+def _base_words(name: str, facts: dict) -> str:
+    words = {
+        "licence": facts.get("license"),
+        "source": facts.get("source"),
+        "on the Hub": facts.get("hub_id"),
+    }
+    lines = [
+        f"- {_code(name)}",
+        *(f"- {what}: {_code(said)}" for what, said in words.items() if said and said != name),
+    ]
+    if facts.get("hub_id") not in (None, name):
+        lines.append("- trained on the weights of that source; on the Hub's own the loss is a little other")
+    return "\n".join(lines)
+
+
+def _loading_block(target: Path, name: str, format: str, samples: str, on_base: dict[str, str]) -> str:
     prompt = first_words(samples)
     if format == "gguf":
         file = next(target.glob("*.gguf")).name
         short = file.rpartition("-")[0].lower()
         return _fenced(LLAMA_CPP.format(file=file, name=short, prompt=shlex.quote(printable(prompt))), "bash")
     lines = LOADING[format if format in LOADING else "plain"].format(
-        name=json.dumps(name, ensure_ascii=False)
+        name=json.dumps(name, ensure_ascii=False), **on_base
     )
     lines += f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
     return _fenced(lines, "python")

@@ -38,9 +38,17 @@ class SplitLoss:
 
 
 def validation_stream(
-    tokenizer: PreTrainedTokenizerFast, corpus: Corpus, block_size: int, device: torch.device
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    block_size: int,
+    device: torch.device,
+    begun: bool = False,
 ) -> TokenStream:
     """The validation split as a stream.
+
+    Args:
+        begun: put the token that begins a text before it, or else the end-of-text token, so that the first token is
+            predicted as well: all bytes of the text are then paid for, as in EleutherAI's lm-eval.
 
     Raises:
         UserError: there is nothing in it to predict.
@@ -51,6 +59,9 @@ def validation_stream(
             f"the validation split of {corpus.name} has {len(ids)} tokens, it needs at least 2: give a longer text or "
             "a larger --validation_split_percentage."
         )
+    if begun:
+        begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids = np.concatenate((np.array([begin], dtype=ids.dtype), ids))
     return TokenStream(ids, min(block_size, len(ids) - 1), device)
 
 

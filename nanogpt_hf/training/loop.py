@@ -31,8 +31,8 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
     objective: Objective,
-    base: Mapping[str, str] = MappingProxyType({}),
     show: Show = show_nothing,
+    base: Mapping[str, str] = MappingProxyType({}),
 ) -> Progress:
     """Train the model and leave a run folder with the best of it, by validation loss.
 

@@ -1,8 +1,11 @@
-"""Adapters on GPT-2 and on our own models, through peft: what is adapted, added words, and merging.
+"""Adapters on any causal language model, through peft: what is adapted, added words, and merging.
 
-The adapted model stays a NanoGPTForCausalLM whose projections peft has wrapped, without PeftModel around it, so that
-the loop, the compiler and generation treat it as any other. Its modules have the names of GPT2LMHeadModel's: what is
-saved loads with peft on the plain base.
+The adapted model stays of its own class, its projections wrapped by peft without PeftModel around it, so that the loop,
+the compiler and generation treat it as any other.
+
+An adapter must load on its base for those who do not have this package, so it is trained on the class that the base's
+own config.json names: GPT-2 and ours are held in our class, whose modules have the names of GPT2LMHeadModel's; a plain
+Qwen3 or Llama in transformers' own, where queries, keys and values are three modules and not one.
 
 The base's weights stay in float32, and are not trained: bfloat16 would save 2 bytes a weight (0.25 of 22 GiB for
 GPT-2 at batch 16, context 1,024), but validation would no longer measure what is saved. Where memory is short,
@@ -12,15 +15,11 @@ load_in_4bit and load_in_8bit save more.
 import importlib.util
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
@@ -28,48 +27,49 @@ from ..common.paths import check_model_name
 from ..common.recipes import command
 from ..common.settings import FinetuningSettings
 from ..common.text import first_line, nearest, without_home
-from ..model import NanoGPTForCausalLM
-from ..model.loading import find_file, load_native, put_on_base, suppress_padding
+from ..model.bases import local_checkpoint
+from ..model.conversion import as_native
+from ..model.loading import find_file, load_causal_lm, load_native, put_on_base, suppress_padding
 
-SHORT_NAMES = {
-    "attention": ["c_attn", "attn.c_proj"],
-    "mlp": ["c_fc", "mlp.c_proj"],
-    "all": ["c_attn", "c_proj", "c_fc"],
-}
+# A short name of --target_modules -> what the path of a projection has in it, in all families.
+SHORT_NAMES = {"attention": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward"), "all": ("",)}
 
 
-def load_base(name: str, whole: bool = False, **options) -> NanoGPTForCausalLM:
-    """The base of a fine-tuning in float32, from a folder or the Hub.
+def load_base(name: str, whole: bool = False, **options: Any) -> PreTrainedModel:
+    """The base of a fine-tuning in float32, by its name, from a folder or the Hub.
 
     Args:
         whole: all of it is to be trained, so that no adapter has to load on it.
-        options: of `from_pretrained`.
+        options: of `from_pretrained`; dropouts only where our class holds the base.
 
     Raises:
-        UserError: it is not there, not a causal GPT-2 or model of ours, or no adapter of it could be loaded.
+        UserError: it is not there, it is no causal language model, or it has no dropout that could be set.
     """
     check_model_name(name)
-    if find_file(name, "adapter_config.json") is not None:
+    folder = local_checkpoint(name)
+    if find_file(folder, "adapter_config.json") is not None:
         raise UserError(
             f"{name} holds an adapter, and a base is a whole model: merge it first ({command('share')} --merge), or go "
             "on with its run by --resume_from_checkpoint."
         )
     try:
-        config = PreTrainedConfig.get_config_dict(name)[0]
-        kind = (config.get("architectures") or [config.get("model_type") or "model of no known kind"])[0]
-        causal = "For" not in kind or kind.endswith("ForCausalLM")
-        if config.get("model_type") not in ("gpt2", "nanogpt", "qwen3") or not causal:
-            raise UserError(
-                f"{name} holds a {kind}, but a base is a causal GPT-2 or a model of nanogpt_hf: give another."
-            )
-        if config["model_type"] == "qwen3" and not whole:
-            raise UserError(
-                f"{name} is a plain qwen3 checkpoint, and an adapter trained here would not load on it: its queries, "
-                "keys and values are three modules, here they are one; give the run folder that it came from, or --full."
-            )
-        return load_native(name, dtype=torch.float32, **options)
+        config = PreTrainedConfig.get_config_dict(folder)[0]
     except OSError as error:
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}.") from error
+    kind = (config.get("architectures") or [""])[0]
+    if config.get("model_type") in ("gpt2", "nanogpt") and (
+        "For" not in kind or kind.endswith("ForCausalLM")
+    ):
+        return load_native(folder, dtype=torch.float32, **options)
+    dropouts = {key: options.pop(key) for key in [*options] if key.endswith("_pdrop")}
+    model = load_causal_lm(folder, torch.float32, **options)
+    model = as_native(model, **dropouts) if whole else model
+    if any(getattr(model.config, key, None) != value for key, value in dropouts.items()):
+        raise UserError(
+            f"{name} is trained as a {type(model).__name__}, which has no {' and no '.join(dropouts)} to set: leave "
+            "--dropout out, --lora_dropout is the adapter's own."
+        )
+    return model
 
 
 def quantization(settings: FinetuningSettings, device_type: str) -> dict:
@@ -94,46 +94,75 @@ def quantization(settings: FinetuningSettings, device_type: str) -> dict:
     return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
-def find_targets(model: nn.Module, names: list[str]) -> list[str]:
+def find_targets(model: PreTrainedModel, names: list[str]) -> list[str]:
     """The modules that `--target_modules` means, as peft takes them: ends of names.
 
     Raises:
-        UserError: one matches no projection, or is an embedding that the head shares.
+        UserError: one matches no projection that an adapter can be put on, or is an embedding that the head shares.
     """
-    projections = [name for name, module in model.named_modules() if isinstance(module, (Conv1D, nn.Linear))]
-    targets = []
+    projections = {name for name, module in model.named_modules() if isinstance(module, (Conv1D, nn.Linear))}
+    head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    blocks = called_projections(model) - head
+    targets = set()
     for name in names:
-        for target in SHORT_NAMES.get(name, [name]):
-            if not any(f".{module}".endswith(f".{target}") for module in projections):
-                ends = {".".join(module.split(".")[-n:]) for module in projections for n in (1, 2)}
-                ends -= {"lm_head"} if model.config.tie_word_embeddings else set()
-                known = sorted([*SHORT_NAMES, *(end for end in ends if not end[0].isdigit())])
-                near = nearest(target, known)
-                near = [near] if near else known
-                raise UserError(
-                    f"--target_modules {name} matches no projection of the base: use {', '.join(near)}."
-                )
-            if target.split(".")[-1] == "lm_head" and model.config.tie_word_embeddings:
-                raise UserError(
-                    "--target_modules lm_head cannot be merged, because the head's weights are the embedding's too: "
-                    "leave it out."
-                )
-            targets.append(target)
-    return sorted(set(targets))
+        parts = SHORT_NAMES.get(name)
+        if parts:
+            found = {module for module in blocks if any(part in module for part in parts)}
+            ends = {".".join(module.split(".")[-2:]) for module in found}
+        else:
+            ends = {name} if any(f".{module}".endswith(f".{name}") for module in projections) else set()
+        if not ends:
+            known = {".".join(module.split(".")[-n:]) for module in blocks for n in (1, 2)}
+            known = sorted([*SHORT_NAMES, *(end for end in known if not end[0].isdigit())])
+            near = nearest(name, known)
+            raise UserError(
+                f"--target_modules {name} matches no projection of the base: use "
+                f"{', '.join([near] if near else known)}."
+            )
+        if model.config.tie_word_embeddings and ends & {module.split(".")[-1] for module in head}:
+            raise UserError(
+                f"--target_modules {name} cannot be merged, because the head's weights are the embedding's too: "
+                "leave it out."
+            )
+        targets |= ends
+    return sorted(targets)
 
 
-def add_adapter(model: NanoGPTForCausalLM, settings: FinetuningSettings, new_tokens: list[int]) -> None:
+@torch.no_grad()
+def called_projections(model: PreTrainedModel) -> set[str]:
+    """The projections that a training step calls as modules: what only lends its weight (some of Mamba's, whose
+    kernel is one function) would pass an adapter by."""
+    called, hooks = set(), []
+    for name, module in model.named_modules():
+        if isinstance(module, (Conv1D, nn.Linear)):
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)))
+    was_training = model.training
+    try:
+        with torch.random.fork_rng():  # dropout must not change what an adapter begins with
+            model.train()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, new_tokens: list[int]) -> None:
     """Put a fresh adapter on the model, in place; nothing else of it trains any more.
 
     Args:
         new_tokens: ids whose embeddings are trained and saved with the adapter.
 
     Raises:
-        UserError: --target_modules names what the model does not have.
+        UserError: --target_modules names what the model does not have, or peft refuses it.
     """
     from peft import LoraConfig
 
     targets = find_targets(model, settings.target_modules)
+    adapted = [m for name, m in model.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets)]
+    embeddings = [model.get_input_embeddings()]
+    embeddings += [] if model.config.tie_word_embeddings else [model.get_output_embeddings()]
+    named = {module: name.split(".")[-1] for name, module in model.named_modules()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -142,14 +171,19 @@ def add_adapter(model: NanoGPTForCausalLM, settings: FinetuningSettings, new_tok
         target_modules=targets,
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
-        fan_in_fan_out=model.config.bias,  # then it is Conv1D, which holds its weight transposed
-        trainable_token_indices={"wte": new_tokens} if new_tokens else None,
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) for module in adapted
+        ),  # it holds its weight transposed
+        trainable_token_indices={named[module]: new_tokens for module in embeddings} if new_tokens else None,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="fan_in_fan_out"
         )  # where Conv1D and Linear are both adapted
-        model.add_adapter(config)
+        try:
+            model.add_adapter(config)
+        except ValueError as error:
+            raise UserError(f"peft puts no adapter on this base: {first_line(error)}.") from error
     config.base_model_name_or_path = public_base(settings.model_name_or_path)
     for module in model.modules():
         # Autocast turns inputs into bfloat16; peft would turn them into the adapter's float32 before.
@@ -166,7 +200,7 @@ def public_base(name: str) -> str:
 
 
 def extend_embedding(
-    model: NanoGPTForCausalLM, before: PreTrainedTokenizerFast, after: PreTrainedTokenizerFast
+    model: PreTrainedModel, before: PreTrainedTokenizerFast, after: PreTrainedTokenizerFast
 ) -> list[int]:
     """Give the tokens that `after` has beyond `before` an embedding: the mean of the pieces they replace.
 
@@ -175,7 +209,7 @@ def extend_embedding(
     """
     known = before.get_vocab()
     new = {id: token for token, id in after.get_vocab().items() if token not in known}
-    rows = max(model.config.vocab_size, max(new, default=0) + 1)
+    rows = max(model.get_input_embeddings().weight.shape[0], max(new, default=0) + 1)
     model.resize_token_embeddings(rows, mean_resizing=False)
     pieces = {
         id: [piece.id for piece in before.backend_tokenizer.model.tokenize(token)]
@@ -200,7 +234,7 @@ def describe_trained(model: PreTrainedModel) -> str:
     )
 
 
-def load_merged(folder: str | os.PathLike) -> tuple[NanoGPTForCausalLM, PreTrainedTokenizerFast]:
+def load_merged(folder: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The base of a folder's adapter in float32 with the adapter merged into it, and its tokenizer.
 
     Raises:

@@ -2,79 +2,122 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import SchedulerType, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
+from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
 from ..common.settings import RunSettings
+from ..model.modeling_nanogpt import NanoGPTAttention, NanoGPTMLP
 from .hardware import has_fast_bf16
 
+# Of x, x^3 and x^5 in each step: those of Polar Express (Amsel, Persson, Musco and Gower 2025) for singular values
+# from 0.001 to 1, each the best polynomial for what the steps before it leave; their margin for bfloat16 is in them.
+COEFFICIENTS = (
+    (8.1247, -22.2349, 15.6695),
+    (4.0265, -2.7778, 0.4935),
+    (3.8713, -2.7411, 0.4998),
+    (3.2534, -2.3450, 0.4620),
+    (2.2555, -1.5726, 0.3793),
+)
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest matrices with all singular values about 1: the quintic Newton-Schulz iteration of Muon.
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest matrices with all singular values about 1, by the iteration x <- a x + b x x'x + c x x'x x'x.
 
     Args:
         matrices: B rows columns.
     """
-    wide = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    rows, columns = x.shape[-2:]
-    if x.dtype == torch.float32 and 2 * columns > 3 * rows:
-        x = _polynomial(x @ x.mT, steps) @ x
-    else:
-        for _ in range(steps):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, _quadratic(gram), x, beta=COEFFICIENTS[0])
-    return x.mT if wide is not matrices else x
+    rows, columns = matrices.shape[-2:]
+    x = matrices / (1.02 * matrices.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-7)
+    if x.dtype == torch.float32 and 2 * max(rows, columns) > 3 * min(rows, columns):
+        return x @ _polynomial(x.mT @ x) if rows > columns else _polynomial(x @ x.mT) @ x
+    for a, b, c in COEFFICIENTS:
+        if rows > columns:
+            x = x @ _quadratic(x.mT @ x, a, b, c)
+        else:
+            x = _quadratic(x @ x.mT, a, b, c) @ x
+    return x
 
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of x, x^3 and x^5
+def _quadratic(gram: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor
 
 
-def _quadratic(gram: torch.Tensor) -> torch.Tensor:
-    return torch.baddbmm(gram, gram, gram, beta=COEFFICIENTS[1], alpha=COEFFICIENTS[2])
+def _polynomial(gram: torch.Tensor) -> torch.Tensor:
+    """What the whole iteration multiplies x with, out of its Gram matrix alone (B N N, of the shorter side).
 
-
-def _polynomial(gram: torch.Tensor, steps: int) -> torch.Tensor:
-    """What the iteration multiplies x with from the left in the end, out of x xᵀ alone (B rows rows).
-
-    A third fewer products for a wide x. It squares the condition, which only float32 has the digits for.
+    A third fewer products where the other side is longer. It squares the condition, which only float32 has the
+    digits for.
     """
     result = None
-    for step in range(steps):
-        factor = _quadratic(gram)
-        factor.diagonal(dim1=-2, dim2=-1).add_(COEFFICIENTS[0])
+    for step, (a, b, c) in enumerate(COEFFICIENTS, start=1):
+        factor = _quadratic(gram, a, b, c)
         result = factor if result is None else factor @ result
-        if step < steps - 1:
+        if step < len(COEFFICIENTS):
             gram = factor @ gram @ factor  # they commute
     return result
 
 
-def _whole(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+class Layout(NamedTuple):
+    """How a weight holds its matrices: Linear's is (outputs, inputs), Conv1D's the other way round.
+
+    Attributes:
+        fan_in_fan_out: it is Conv1D's (peft's word).
+        outputs: how many belong to each of the matrices that lie side by side in it; None: it is one matrix.
+    """
+
+    fan_in_fan_out: bool = False
+    outputs: tuple[int, ...] | None = None
+
+    def matrices(self, weight: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Views of each matrix, as the weight holds it."""
+        return (weight,) if self.outputs is None else weight.split(self.outputs, dim=int(self.fan_in_fan_out))
+
+    def scale(self, rows: int, columns: int) -> float:
+        """Of an update of one of its matrices: the more outputs an input has, the longer the update."""
+        fan_out, fan_in = (columns, rows) if self.fan_in_fan_out else (rows, columns)
+        return math.sqrt(max(1, fan_out / fan_in))
 
 
-def _sharded_as(matrix: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a matrix that every process has, laid out as the parameter is."""
-    if not isinstance(parameter, DTensor):
-        return matrix
-    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements, src_data_rank=None)
+def find_layouts(model: nn.Module) -> dict[nn.Parameter, Layout]:
+    """The layout of each weight that is not one matrix (outputs, inputs).
+
+    Queries, keys and values are matrices of their own, so are a SwiGLU's gate and value.
+    """
+    layouts = {m.weight: Layout(fan_in_fan_out=True) for m in model.modules() if isinstance(m, Conv1D)}
+    for module in model.modules():
+        if isinstance(module, NanoGPTAttention):
+            weight = module.c_attn.weight
+            layout = layouts.get(weight, Layout())
+            layouts[weight] = layout._replace(outputs=tuple(n * module.head_dim for n in module.heads))
+        elif isinstance(module, NanoGPTMLP) and module.gated:
+            weight = module.c_fc.weight
+            layout = layouts.get(weight, Layout())
+            half = weight.shape[int(layout.fan_in_fan_out)] // 2
+            layouts[weight] = layout._replace(outputs=(half, half))
+    return layouts
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum SGD whose updates are orthogonalised matrices.
 
-    The same steps as torch.optim.Muon, which differs in two ways that cost time: it takes one matrix after the
-    other, and it always computes in bfloat16. A CPU without bfloat16 instructions then spends 906 ms on a step of
-    the preset `cpu`, twice as long as on the model (one core of an EPYC restricted to AVX2, November 2026).
+    The steps of torch.optim.Muon, but for three things: matrices that a weight holds side by side, or the other way
+    round, are updated as the matrices that they are; all of one shape are orthogonalised at once; and it need not
+    compute in bfloat16. A CPU without bfloat16 instructions spends 906 ms on torch's step of the preset `cpu`, twice as long
+    as on the model (one core of an EPYC restricted to AVX2, November 2026).
 
     Args:
-        params: matrices.
+        params: weights.
         dtype: in which to orthogonalise.
+        layouts: how each of params holds its matrices; by default each is one, (outputs, inputs).
     """
 
     def __init__(
@@ -84,50 +127,73 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.bfloat16,
+        layouts: Sequence[Layout] | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
+        self.layouts = layouts or [Layout()] * len(self.param_groups[0]["params"])
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for (rows, columns), parameters in by_shape.items():
-                for parameter in parameters:
-                    self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-                momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-                gradients = [parameter.grad for parameter in parameters]
-                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-                updates = torch.stack([_whole(update.to(self.dtype)) for update in updates])
-                updates = orthogonalize(updates).to(parameters[0].dtype)
-                updates *= group["lr"] * math.sqrt(max(1, rows / columns))  # lr: a tensor in a CUDA graph
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                updates = [_sharded_as(*pair) for pair in zip(updates.unbind(), parameters, strict=True)]
-                torch._foreach_sub_(parameters, updates)
+        (group,) = self.param_groups
+        moving = [
+            pair for pair in zip(group["params"], self.layouts, strict=True) if pair[0].grad is not None
+        ]
+        parameters, layouts = zip(*moving, strict=True) if moving else ((), ())
+        for parameter in parameters:
+            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+
+        moved = [torch.zeros(p.shape, device=p.device) if isinstance(p, DTensor) else p for p in parameters]
+        batches = defaultdict(list)
+        for direction, weight, layout in zip(directions, moved, layouts, strict=True):
+            if isinstance(direction, DTensor):
+                direction = direction.to(self.dtype).full_tensor()
+            for pair in zip(layout.matrices(direction), layout.matrices(weight), strict=True):
+                shape = pair[0].shape
+                batches[shape, layout.scale(*shape)].append(pair)
+        for (shape, scale), pairs in batches.items():
+            updates = torch.empty(len(pairs), *shape, dtype=self.dtype, device=pairs[0][0].device)
+            torch._foreach_copy_(updates.unbind(), [direction for direction, _ in pairs])
+            updates = orthogonalize(updates).mul_(scale * group["lr"])  # lr: a tensor in a CUDA graph
+            for (_, weight), update in zip(pairs, updates, strict=True):
+                weight.sub_(update)
+        for parameter, change in zip(parameters, moved, strict=True):
+            if isinstance(parameter, DTensor):
+                parameter.add_(_sharded_as(change, parameter))
         return loss
 
 
-def make_optimizers(model: nn.Module, settings: RunSettings) -> list[torch.optim.Optimizer]:
+def _sharded_as(matrix: torch.Tensor, parameter: DTensor) -> DTensor:
+    """This process's part of a matrix that every process has, laid out as the parameter is."""
+    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def make_optimizers(model: PreTrainedModel, settings: RunSettings) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for everything else.
 
     Matrices decay, vectors (norms, biases) do not.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    embeddings = ("wte", "wpe", "lm_head")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    head = model.get_output_embeddings()
+    projections = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    for_muon = {id(module.weight) for module in projections} - {id(getattr(head, "weight", None))}
     muon, matrices, vectors = [], [], []
-    for name, parameter in trainable:
+    for parameter in trainable:
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif settings.optim == "muon" and not set(embeddings) & set(name.split(".")):
+        elif settings.optim == "muon" and id(parameter) in for_muon:
             muon.append(parameter)
         else:
             matrices.append(parameter)
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    rate = settings.vector_learning_rate
+    of_vectors = {"weight_decay": 0.0} | ({} if rate is None else {"lr": rate})
+    groups = [{"params": matrices}, {"params": vectors, **of_vectors}]
     groups = [group for group in groups if group["params"]]
     optimizers = []
     if groups:  # an adapter may be matrices for Muon alone
@@ -143,8 +209,10 @@ def make_optimizers(model: nn.Module, settings: RunSettings) -> list[torch.optim
     if muon:
         fast = settings.bf16 is not False and has_fast_bf16(muon[0].device.type)
         dtype = torch.bfloat16 if fast else torch.float32
+        found = find_layouts(model)
+        layouts = [found.get(parameter, Layout()) for parameter in muon]
         rate, decay, momentum = settings.muon_learning_rate, settings.weight_decay, settings.muon_momentum
-        optimizers.append(Muon(muon, rate, decay, momentum, dtype))
+        optimizers.append(Muon(muon, rate, decay, momentum, dtype, layouts))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -193,10 +261,8 @@ def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: floa
 
 def learning_rates(settings: RunSettings, factor: float) -> dict[str, float]:
     """The rate of each optimiser at a factor of its peak, as metrics.jsonl names them."""
-    rates = {"learning_rate": settings.learning_rate * factor}
-    if settings.optim == "muon":
-        rates["muon_learning_rate"] = settings.muon_learning_rate * factor
-    return rates
+    names = ["learning_rate", "vector_learning_rate", *["muon_learning_rate"] * (settings.optim == "muon")]
+    return {name: rate * factor for name, rate in settings.given(*names).items()}
 
 
 def make_capturable(optimizers: Iterable[torch.optim.Optimizer]) -> None:

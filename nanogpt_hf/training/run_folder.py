@@ -24,6 +24,7 @@ from ..common.settings import OF_A_START, FinetuningSettings, RunSettings, publi
 from ..common.text import printable, readable, without_home
 from ..data.corpora import Corpus
 from ..model import NanoGPTConfig
+from ..model.bases import describe_base
 from .checkpoints import Progress, damage, newest_good, read_progress
 from .reporting import library_versions, say, text_sha256, write_yaml
 
@@ -69,6 +70,8 @@ def identity_of(
     return {
         "corpus": corpus.sha256,
         "validation_split_percentage": settings.validation_split_percentage,
+        "validation_text": corpus.validation_sha256,
+        "special_tokens_in_text": "tokens" if settings.special_tokens_in_text == "tokens" else None,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         **{field: getattr(config, field) for field in SHAPE if hasattr(config, field)},
         **grouped,
@@ -108,11 +111,11 @@ def find_start(
             f"--output_dir {folder} cannot be read ({error.strerror}): give another folder."
         ) from error
     progress = read_progress(checkpoint)
-    # What an earlier version did not note is not known to be another.
+    # What an earlier version did not note is not known to be another; but of the text it held out, None is what it had.
     changed = [
-        f"{key} was {_short(progress.identity[key])} and is now {_short(value)}"
+        _difference(key, progress.identity.get(key), value)
         for key, value in identity.items()
-        if progress.identity.get(key, value) != value
+        if progress.identity.get(key, None if key == "validation_text" else value) != value
     ]
     if changed:
         raise UserError(
@@ -233,6 +236,13 @@ def find_checkpoint(accelerator: Accelerator, asked: str, folder: Path, used: bo
     return checkpoint
 
 
+def _difference(key: str, before: Any, now: Any) -> str:
+    """How a part of a run's identity has changed, in words."""
+    if key == "validation_text" and before is None:
+        return "an earlier version held out other parts of these files for validation"
+    return f"{key} was {_short(before)} and is now {_short(now)}"
+
+
 def _short(value) -> str:
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 24 else str(value)
 
@@ -277,6 +287,7 @@ def open_run_folder(
                 "notice": corpus.notice,
                 "characters": corpus.characters("train") + corpus.characters("validation"),
             },
+            **({"base": describe_base(base)} if (base := settings.model_name_or_path) else {}),
             **_commands(earlier, progress.step, changed),
             "identity": identity,
             "tokenizer_tokens": len(tokenizer),

@@ -6,6 +6,7 @@ a small model's step is a thousand launches, and the device waits for the host b
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from .optimization import make_capturable, set_learning_rates
 from .reporting import say
 
 STEPS_BEFORE_CAPTURE = 3  # ordinary steps in which kernels are compiled and optimiser states made
+MOST_TO_CAPTURE = (
+    16  # micro-batches: recording takes as long as an ordinary step, and a step of more hardly gains
+)
 
 
 class Stepper:
@@ -67,7 +71,7 @@ class Stepper:
             try:
                 batches = self._micro_batches(step)
                 if self._captured(batches):
-                    return self.graph.replay(batches[0])
+                    return self.graph.replay(batches)
                 with fastest_attention(self.accelerator.device):
                     loss = accumulate_gradients(self.accelerator, self.model, self.objective, batches)
                 break
@@ -85,9 +89,9 @@ class Stepper:
 
     def _captured(self, batches: Sequence[Batch]) -> bool:
         """Whether the step is recorded as a graph, which it is once enough ordinary steps have been taken."""
-        if self.steps_before_capture == 0 and len(batches) == 1:
+        if self.steps_before_capture == 0 and len(batches) <= MOST_TO_CAPTURE:
             with fastest_attention(self.accelerator.device):
-                self._capture(batches[0])
+                self._capture(batches)
         self.steps_before_capture -= 1
         return self.graph is not None
 
@@ -134,20 +138,20 @@ class Stepper:
             block._compiled_call_impl = None
 
     def _may_capture(self) -> bool:
-        """One CUDA device, one micro-batch a step, and no scaling that the host decides on."""
+        """One CUDA device, and no scaling that the host decides on."""
         accelerator = self.accelerator
         alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
-        return alone and accelerator.scaler is None and self.micro_batch >= len(self.rows)
+        return alone and accelerator.scaler is None
 
-    def _capture(self, batch: Batch) -> None:
-        def step(*batch):
-            return accumulate_gradients(self.accelerator, self.model, self.objective, [batch]), self._update()
+    def _capture(self, batches: Sequence[Batch]) -> None:
+        def step(batches):
+            return accumulate_gradients(self.accelerator, self.model, self.objective, batches), self._update()
 
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()
         try:
             make_capturable(self.optimizers)
-            self.graph = CapturedStep(step, batch)
+            self.graph = CapturedStep(step, batches)
         except Exception as error:
             generator.graphsafe_set_state(before)  # the one in use still waits for the end of the recording
             say(self.accelerator, f"no CUDA graph ({first_line(error)}): training goes on without it")
@@ -160,15 +164,15 @@ class CapturedStep:
     The random numbers of a replay are those that the device's seed at that time gives, as without a graph.
     """
 
-    def __init__(self, step, batch: Batch):
-        self.batch = tuple(part.clone() for part in batch)
+    def __init__(self, step, batches: Sequence[Batch]):
+        self.batches = [tuple(part.clone() for part in batch) for batch in batches]
         torch.cuda.empty_cache()  # the graph takes memory of its own
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.results = step(*self.batch)
+            self.results = step(self.batches)
 
-    def replay(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        for mine, given in zip(self.batch, batch, strict=True):
+    def replay(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        for mine, given in zip(chain(*self.batches), chain(*batches), strict=True):
             mine.copy_(given)
         self.graph.replay()
         return tuple(result.clone() for result in self.results)

@@ -1,0 +1,57 @@
+"""What a run says of its text before it begins: what is read, held out, left out, and how."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from .documents import END_OF_TEXT
+from .readers import Reading, kind_of
+from .sources import Source, list_skipped
+
+
+def lines_on_files(name: str, source: Source, characters: Mapping[str, int] | None = None) -> list[str]:
+    """What is read and what is not.
+
+    Args:
+        name: of the corpus.
+        characters: of each split, once they have been read.
+    """
+    kinds = Counter(kind_of(path) or "without a suffix" for path in source.files)
+    files = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    what = [f"{sum(characters.values()):,} characters"] if characters else []
+    what += [f"{len(source.files):,} files ({files})"] if len(source.files) > 1 else []
+    size = f"{characters['validation']:,} of these characters: " if characters else ""
+    lines = [
+        f"corpus     {name}: {' in '.join(what)}" if what else f"corpus     {name}",
+        f"validation {size}{source.held_out}",
+    ]
+    if source.skipped:
+        lines.append(f"not read   {list_skipped(source.skipped)}")
+    return lines
+
+
+def lines_on_text(reading: Reading) -> list[str]:
+    """What was read otherwise than it stands in the files."""
+    lines = []
+    if reading.conversations:
+        lines.append("documents  of conversations, what was said in them, without the roles")
+    if reading.marks:
+        lines.append(
+            f"documents  end at {reading.marks:,} lines {END_OF_TEXT}; --special_tokens_in_text text reads them as text"
+        )
+    if reading.carriage_returns:
+        lines.append(
+            f"newlines   {reading.carriage_returns:,} CRLF or CR are one newline each; --keep_carriage_returns keeps them"
+        )
+    return lines
+
+
+def line_on_special_tokens(spelt: Counter[str], as_tokens: bool) -> str:
+    """How the special tokens are read that a text spells."""
+    shown = ", ".join(f"{token} ({count:,})" for token, count in spelt.most_common(5))
+    more = f" and {len(spelt) - 5:,} more" if len(spelt) > 5 else ""
+    if as_tokens:
+        return f"special    the text spells {shown}{more}: each is the tokenizer's token"
+    return (
+        f"warning: the text spells special tokens of the tokenizer, {shown}{more}, and they are read as ordinary text; "
+        "--special_tokens_in_text tokens makes them the tokens."
+    )
