@@ -13,9 +13,21 @@ from .errors import UserError
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# Bytes of an argument or a file name as Python spells them where the locale is not UTF-8.
+_BYTES = re.compile("[\udc80-\udcff]+")
+
+
 def printable(text: str) -> str:
     """The text as it may be shown: with what could drive a terminal spelt out, and CRLF as one newline."""
-    return _UNSAFE.sub(lambda c: c[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+    text = readable(text.replace("\r\n", "\n"))
+    return _UNSAFE.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
+
+
+def readable(text: str) -> str:
+    """A text with the bytes of names in it as the characters that they are in UTF-8."""
+    return _BYTES.sub(
+        lambda found: found[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), text
+    )
 
 
 # n, t, r and the backslash itself, and code points in hexadecimal digits, as Python spells them.
@@ -41,14 +53,6 @@ def spelt_out(word: str) -> str:
         return unescaped(os.fsencode(word).decode("utf-8"))
     except UnicodeError as error:
         raise UserError(f"{word!r} is not UTF-8: give it as such.") from error
-
-
-def readable(name: str) -> str:
-    """A name from the command line in characters: where the locale is not UTF-8, Python spells its bytes as surrogates."""
-    try:
-        return os.fsencode(name).decode("utf-8", "replace")
-    except UnicodeEncodeError:  # it has come from elsewhere
-        return name
 
 
 def without_home(path: str) -> str:

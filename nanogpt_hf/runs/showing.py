@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,15 +20,18 @@ from ..sharing.model_card import make_card
 from ..training.reporting import draw_loss_curve, read_metrics, say
 
 SMALL = 2**28  # bytes of weights, of which a second model surely fits beside the one that trains
-SHARE_OF_TIME = 0.015
+SHARE_OF_TIME = 0.01
 
 
 class Showing:
     """Writes card, loss curve and samples of a model: what a person looks at.
 
-    None of them may cost a run anything: what fails is left out with a sentence, and while a run goes on samples are
-    left out where all this has taken SHARE_OF_TIME of its time already, or the model is so large that a second one
-    might not fit beside it.
+    None of them may cost a run anything: what fails is left out with a sentence. While a run goes on, samples are left
+    out once they have taken SHARE_OF_TIME of its time, and where the model is so large that a second one might not fit
+    beside it; card and loss curve together once they have taken as much.
+
+    Attributes:
+        ended: whether the run has come to its end; then nothing is left out.
     """
 
     def __init__(self, accelerator: Accelerator, settings: RunSettings, corpus: AnyCorpus):
@@ -35,23 +39,35 @@ class Showing:
         self.run = Path(settings.output_dir)
         source = settings.model_name_or_path or settings.tokenizer
         self.title = f"{Path(corpus.name).name}, {Path(source).name}"  # without folders of this machine
-        self.started, self.spent, self.ended = time.perf_counter(), 0.0, False
+        self.started, self.ended = time.perf_counter(), False
+        self.spent = {"samples": 0.0, "card": 0.0}  # seconds
 
-    def __call__(self, model: Path, target: Path) -> None:
+    def __call__(self, model: Path, target: Path, last: bool = False) -> None:
         """Write what shows the model in one folder into another."""
-        begun = time.perf_counter()
         if (model / "samples.txt").exists():
             shutil.copy(model / "samples.txt", target)
-        elif self.ended or self._is_cheap(model):
-            self._write(target / "samples.txt", lambda path: path.write_text(self._sample(model), "utf-8"))
-        rows = read_metrics(self.run / "metrics.jsonl")
-        self._write(target / "loss_curve.png", lambda path: draw_loss_curve(path, rows, self.title))
-        self._write(target / "README.md", lambda path: make_card(self.run, model, shown=target).save(path))
-        self.spent += time.perf_counter() - begun
+        elif self.ended or self._is_small(model) and (last or self._is_cheap("samples")):
+            with self._timed("samples"):
+                self._write(
+                    target / "samples.txt", lambda path: path.write_text(self._sample(model), "utf-8")
+                )
+        if last or self._is_cheap("card"):
+            with self._timed("card"):
+                rows = read_metrics(self.run / "metrics.jsonl")
+                self._write(target / "loss_curve.png", lambda path: draw_loss_curve(path, rows, self.title))
+                self._write(target / "README.md", lambda path: make_card(self.run, model, target).save(path))
 
-    def _is_cheap(self, model: Path) -> bool:
-        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        return size <= SMALL and self.spent <= SHARE_OF_TIME * (time.perf_counter() - self.started)
+    def _is_small(self, model: Path) -> bool:
+        return sum(path.stat().st_size for path in model.glob("*.safetensors")) <= SMALL
+
+    def _is_cheap(self, what: str) -> bool:
+        return self.spent[what] <= SHARE_OF_TIME * (time.perf_counter() - self.started)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.spent[what] += time.perf_counter() - begun
 
     def _sample(self, folder: Path) -> str:
         # Whole, where the one that trains may be sharded.

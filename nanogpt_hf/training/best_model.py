@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -21,13 +22,20 @@ from ..common.files import MANIFEST, files_written_whole
 from .checkpoints import NEEDED, Progress, damage, read_progress, save_model, write_progress
 from .reporting import read_metrics
 
-# Writes what shows the model in one folder (its card, loss curve and samples) into another, as far as it can.
-Show = Callable[[Path, Path], None]
+
+class Show(Protocol):
+    """Writes what shows a model: its card, the loss curve and samples."""
+
+    def __call__(self, model: Path, target: Path, last: bool = False) -> None:
+        """Write what shows the model in one folder into another; all of it, if need be, where it is the `last` time."""
+        ...
+
+
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 OF_A_STATE = ("README.md", "loss_curve.png", "samples.txt")
 
 
-def show_nothing(model: Path, target: Path) -> None:
+def show_nothing(model: Path, target: Path, last: bool = False) -> None:
     """For a run without card, loss curve and samples."""
 
 
@@ -49,9 +57,9 @@ def replace_best(
 
 
 def show_best(folder: Path, show: Show) -> None:
-    """Write anew what shows the model at the top of the run folder, once the run has gone on without a better one."""
+    """Write anew what shows the model at the top of the run folder, when the run stops or has ended."""
     with files_written_whole(folder) as staging:
-        show(folder, staging)
+        show(folder, staging, last=True)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..common.errors import UserError
 from ..common.files import MANIFEST, UNFINISHED, delete, delete_left_overs, one_writer
 from ..common.recipes import command, recipes
 from ..common.settings import OF_A_START, FinetuningSettings, RunSettings, public_values
-from ..common.text import printable, readable, without_home
+from ..common.text import printable, without_home
 from ..data.corpora import Corpus
 from ..model import NanoGPTConfig
 from ..model.bases import describe_base
@@ -375,7 +375,7 @@ def _without_paths(words: list[str]) -> list[str]:
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         setting = flag.removeprefix("--").replace("-", "_") or setting
-        value = printable(readable(value))
+        value = printable(value)
         if setting in PATHS and (os.path.isabs(value) or value.startswith(("~", os.pardir))):
             value = os.path.basename(value.rstrip("/\\"))
         shown.append(flag + equals + value.replace(os.path.expanduser("~"), "~"))
