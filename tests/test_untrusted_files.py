@@ -1,0 +1,167 @@
+"""Checkpoints of somebody else's: what they could make us run, hold or show is refused in a sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from processes import TEXT
+from safetensors.torch import load_file
+
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf.data.tokenization import train_char_tokenizer
+from nanogpt_hf.model.loading import load_causal_lm, load_model_and_tokenizer, load_native
+
+SIZES = {"vocab_size": 320, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer = train_char_tokenizer([TEXT])
+    end = tokenizer.eos_token_id
+    NanoGPTForCausalLM(NanoGPTConfig(**SIZES, bos_token_id=end, eos_token_id=end)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(action, *words) -> str:
+    """The one sentence in which it is refused."""
+    with pytest.raises(ValueError) as caught:
+        action(*words)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and "Traceback" not in sentence
+    return sentence
+
+
+# --- weights ---
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """What torch.load was asked for; nothing, if all goes well."""
+    asked, load = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda file, *args, **options: asked.append(file) or load(file, *args, **options)
+    )
+    return asked
+
+
+DOORS = {
+    "sampling": lambda folder: load_model_and_tokenizer(str(folder)),
+    "a base": lambda folder: load_native(folder),
+    "any model": lambda folder: load_causal_lm(str(folder), torch.float32),
+    "our class": NanoGPTForCausalLM.from_pretrained,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_config_cannot_name_a_pickle_for_the_weights(model, opened, door):
+    torch.save(load_file(model / "model.safetensors"), model / "adapter_model.bin")
+    edit_json(model / "config.json", transformers_weights="adapter_model.bin")
+    said = refusal(DOORS[door], model)
+    assert "adapter_model.bin" in said and "weights_only" not in said
+    assert not opened
+
+
+@pytest.mark.parametrize("file", ["shard.bin", "../model.safetensors", "/etc/x.safetensors", 7])
+def test_an_index_names_nothing_but_safetensors_beside_it(model, opened, file):
+    weights = load_file(model / "model.safetensors")
+    torch.save(weights, model / "shard.bin")
+    (model / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, file)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert repr(file) in refusal(load_native, model)
+    assert repr(file) in refusal(load_model_and_tokenizer, str(model))
+    assert not opened
+
+
+def test_a_config_may_name_safetensors(model):
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    edit_json(model / "config.json", transformers_weights="other.safetensors")
+    assert load_native(model).config.n_layer == 2
+
+
+# --- sizes ---
+
+
+@pytest.fixture
+def nothing_is_built(monkeypatch):
+    def built(*args, **options):
+        raise AssertionError("a model of that size would have been built")
+
+    monkeypatch.setattr(NanoGPTForCausalLM, "__init__", built)
+
+
+@pytest.mark.parametrize("field", ["n_layer", "n_embd", "vocab_size", "n_inner"])
+def test_a_size_that_the_weights_do_not_have_is_refused_at_once(model, nothing_is_built, field):
+    edit_json(model / "config.json", **{field: 10**9})
+    for door in (load_native, lambda folder: load_model_and_tokenizer(str(folder))):
+        assert f"asks for {field} 1,000,000,000" in refusal(door, model)
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    """An adapter on the tiny model, as peft saves it."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "adapter"
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    peft_model = get_peft_model(load_native(model), config)
+    peft_model.peft_config["default"].base_model_name_or_path = str(model)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_that_fits_is_read(adapter):
+    assert load_model_and_tokenizer(str(adapter))
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**7}, {"rank_pattern": {"c_attn": 10**7}}])
+def test_a_rank_that_the_adapter_does_not_have_is_refused_at_once(adapter, nothing_is_built, changes):
+    edit_json(adapter / "adapter_config.json", **changes)
+    assert "a rank of 10,000,000" in refusal(load_model_and_tokenizer, str(adapter))
+
+
+@pytest.mark.parametrize("content", ["[1]", "1", "{", '{"base_model_name_or_path": 3}', "{}"])
+def test_an_adapter_config_that_is_none(adapter, content, tmp_path):
+    from nanogpt_hf.sharing.export import export_run
+
+    (adapter / "adapter_config.json").write_text(content)
+    assert "adapter" in refusal(load_model_and_tokenizer, str(adapter))
+    assert "adapter" in refusal(export_run, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- generation ---
+
+
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("tokens", [["a"], [10**9], [-1], [1.5], [True], 3, "a", [[1]], {"a": 1}])
+def test_tokens_that_there_are_not_cannot_be_suppressed(model, place, tokens):
+    edit_json(model / place, suppress_tokens=tokens)
+    for door in (load_native, lambda folder: load_model_and_tokenizer(str(folder))):
+        assert "suppress_tokens" in refusal(door, model)
+
+
+def test_tokens_that_there_are_may_be_suppressed(model):
+    (model / "generation_config.json").write_text('{"suppress_tokens": [5, 319]}')
+    loaded, _ = load_model_and_tokenizer(str(model))
+    assert {5, 319} <= {*loaded.generation_config.suppress_tokens}
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "{", '"a"'])
+def test_a_generation_config_that_is_none(model, content):
+    (model / "generation_config.json").write_text(content)
+    for door in (load_native, lambda folder: load_model_and_tokenizer(str(folder))):
+        assert "generation_config.json" in refusal(door, model)
