@@ -1,15 +1,20 @@
 """Checkpoints of somebody else's: what they could make us run, hold or show is refused in a sentence."""
 
+import ast
 import json
+import re
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
-from processes import TEXT
+from processes import ROOT, TEXT, write_corpus
 from safetensors.torch import load_file
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.data.tokenization import train_char_tokenizer
+from nanogpt_hf.common.cli import tell
+from nanogpt_hf.data.tokenization import encode, encode_with_spans, load_tokenizer, train_char_tokenizer
 from nanogpt_hf.model.loading import load_causal_lm, load_model_and_tokenizer, load_native
 
 SIZES = {"vocab_size": 320, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -165,3 +170,76 @@ def test_a_generation_config_that_is_none(model, content):
     (model / "generation_config.json").write_text(content)
     for door in (load_native, lambda folder: load_model_and_tokenizer(str(folder))):
         assert "generation_config.json" in refusal(door, model)
+
+
+# --- tokenizers ---
+
+
+def test_a_pattern_that_explodes_ends_in_a_sentence(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    edit_json(folder / "tokenizer.json", pre_tokenizer=split)
+    tokenizer, text = load_tokenizer(str(folder)), "a" * 40 + "b"
+    for use in (encode, encode_with_spans):
+        assert "tokenizer.json" in refusal(use, tokenizer, text)
+
+
+# --- the terminal ---
+
+CLEAR = "\x1b[2J\x9b31m\u202e"
+DRIVING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def recipe(name):
+    return runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.name)
+def test_recipes_print_through_one_safe_door(path):
+    calls = [
+        node.func
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    assert "print" not in map(ast.unparse, calls)
+
+
+def test_that_door_spells_out_what_drives_a_terminal(capsys):
+    tell(CLEAR, "да\tнет")
+    said = capsys.readouterr().out
+    assert not DRIVING.search(said) and said.splitlines()[0].startswith("\\x1b[2J") and "да\tнет" in said
+
+
+def test_train_tokenizer_shows_an_alphabet_of_controls(tmp_path, capsys):
+    path = write_corpus(tmp_path, f"{CLEAR} to be\n" * 50)
+    for kind in ("char", "bpe"):
+        words = [
+            "--corpus",
+            str(path),
+            "--kind",
+            kind,
+            "--vocab_size",
+            "300",
+            "--output_dir",
+            str(tmp_path / f"{CLEAR}{kind}"),
+        ]
+        recipe("train_tokenizer")["main"](words)
+    said = capsys.readouterr().out
+    assert "\\x1b" in said and not DRIVING.search(said)
+
+
+def test_a_table_holds_what_its_cells_say():
+    rows = [{"model": f"runs/{CLEAR}a|b\nc", "loss": 1.0}]
+    split = {"corpus": CLEAR, "validation_characters": 3}
+    words = recipe("compare")["in_words"](split, rows)
+    assert not DRIVING.search(words)
+    assert words.splitlines()[-1].replace(r"\|", "").count("|") == 3
+
+
+def test_share_names_its_folder_safely(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["share.py", "--model", str(saved), "--output_dir", str(tmp_path / CLEAR)]
+    )
+    recipe("share")["main"]()
+    said = capsys.readouterr().out
+    assert "written to" in said and not DRIVING.search(said)
