@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole, written_if_possible
 from nanogpt_hf.common.paths import check_model_name, check_unused
 from nanogpt_hf.common.settings import TextSettings, changed, exclude, setting
 from nanogpt_hf.common.tables import table
+from nanogpt_hf.common.text import printable
 
 FILES = ("results.md", "results.json", "surprisal.html")
 
@@ -87,10 +88,10 @@ def list_runs(names: Sequence[str]) -> None:
         try:
             rows.append(read_run(Path(folder), name))
         except UserError as error:
-            print(f"left out: {error}")
+            tell(f"left out: {error}")
     if not rows:
         raise UserError(f"none of {', '.join(names)} is the folder of a run: give run folders, as runs/*.")
-    print(run_table(rows), end="")
+    tell(run_table(rows).rstrip("\n"))
 
 
 def measure_models(settings: ComparisonSettings) -> None:
@@ -161,7 +162,7 @@ def measure_models(settings: ComparisonSettings) -> None:
             "validation_bytes": sum(len(document.encode()) for document in corpus.validation),
         }
         words = in_words(split, rows)
-        print(f"\n{words}", end="")
+        tell("", words.rstrip("\n"))
         if settings.output_dir:
             write(settings.output_dir, words, rows, split, text[start:], start, panels)
     accelerator.end_training()
@@ -173,7 +174,7 @@ def in_words(split: dict, rows: list[dict]) -> str:
 
     title = f"{split['corpus']}, validation split of {split['validation_characters']:,} characters"
     samples = f"\n{table(rows, SAMPLE_COLUMNS)}" if any("samples" in row for row in rows) else ""
-    return f"{title}\n\n{table(rows, COLUMNS)}{samples}"
+    return f"{printable(title)}\n\n{table(rows, COLUMNS)}{samples}"
 
 
 def write(
@@ -195,7 +196,7 @@ def write(
             )
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
-    print(f"\nwritten to {folder}: {', '.join(FILES)}")
+    tell("", f"written to {folder}: {', '.join(FILES)}")
 
 
 def as_json(results: dict) -> str:

@@ -27,7 +27,7 @@ from nanogpt_hf.analysis.planning import (
     plan_layout,
     usual_layouts,
 )
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole, written_if_possible
 from nanogpt_hf.common.paths import check_unused
@@ -133,16 +133,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     budgets = plan_budgets(size, settings.gpus, gpu, settings.mfu, batch_tokens)
     title = f"{settings.preset} ({settings.architecture}, {size.parameters:,} parameters) on {settings.gpus:,} {settings.gpu}"
     batch_words = f"micro-batches of {settings.per_device_train_batch_size} x {config.n_positions:,} tokens"
-    print(f"{title}\n{config.n_layer} layers, {config.n_head} heads, width {config.n_embd:,}; {batch_words}")
+    tell(f"{title}\n{config.n_layer} layers, {config.n_head} heads, width {config.n_embd:,}; {batch_words}")
     if preset.learning_rate:
-        print(f"published: {preset.batch_tokens:,} tokens a step, learning rate {preset.learning_rate:g}")
-    print(
-        f"\nAt {settings.mfu:.0%} of {gpu.bf16_tflops:g} TFLOP/s a GPU:\n\n{table(budgets, BUDGET_COLUMNS)}"
-    )
+        tell(f"published: {preset.batch_tokens:,} tokens a step, learning rate {preset.learning_rate:g}")
+    tell(f"\nAt {settings.mfu:.0%} of {gpu.bf16_tflops:g} TFLOP/s a GPU:\n\n{table(budgets, BUDGET_COLUMNS)}")
     verdicts = [row | {"verdict": "yes" if row["fits"] else "no"} for row in rows]
-    print(
-        f"Memory, {RESERVED:.0%} of {gpu.memory_gib:g} GiB kept back:\n\n{table(verdicts, LAYOUT_COLUMNS)}",
-        end="",
+    tell(
+        f"Memory, {RESERVED:.0%} of {gpu.memory_gib:g} GiB kept back:\n\n{table(verdicts, LAYOUT_COLUMNS)}".rstrip()
     )
     if settings.output_dir:
         plan = {
@@ -163,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"--output_dir {settings.output_dir} cannot be written ({error.strerror})."
             ) from error
-        print(f"\nwritten to {settings.output_dir}: plan.json, memory.png")
+        tell(f"\nwritten to {settings.output_dir}: plan.json, memory.png")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.settings import TextSettings, changed, setting, short_name
-from nanogpt_hf.common.text import printable
 from nanogpt_hf.data.sources import check_corpus
 
 
@@ -68,17 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         shard_tokens=settings.shard_tokens,
         num_proc=settings.num_proc or cores(),
         overwrite=settings.overwrite_output_dir,
-        say=lambda line: print(printable(line), flush=True),
+        say=tell,
         **settings.reading_options(),
     )
     characters = sum(split["characters"] for split in index["splits"].values())
     for name, split in index["splits"].items():
-        print(
+        tell(
             f"{name:10} {split['tokens']:,} tokens, {split['documents']:,} documents, {split['characters']:,} "
             f"characters ({split['characters'] / characters:.2%}) in {len(split['shards'])} shards of {index['dtype']}"
         )
-    print(f"{settings.folder()}, {time.perf_counter() - started:.1f} s")
-    print(f"train on it   accelerate launch recipes/pretrain.py --corpus {settings.folder()}")
+    tell(f"{settings.folder()}, {time.perf_counter() - started:.1f} s")
+    tell(f"train on it   accelerate launch recipes/pretrain.py --corpus {settings.folder()}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanogpt_hf.common.cli import Values, parse, run_recipe
+from nanogpt_hf.common.cli import Values, parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.paths import check_model_name
 from nanogpt_hf.common.settings import setting
@@ -93,7 +93,7 @@ def main() -> None:
         Terminal(writers, settings).run()
     elif settings.output_file:
         number = write_texts(Path(settings.output_file), writers, prompts, settings, count)
-        print(f"written to {settings.output_file}: {number} text{'s' * (number != 1)}")
+        tell(f"written to {settings.output_file}: {number} text{'s' * (number != 1)}")
     else:
         for words in prompts:
             asked = [writer.prompt(words) for writer in writers]

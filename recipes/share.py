@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.sharing.export import export_run
@@ -79,7 +79,7 @@ def main() -> None:
     settings = parse(ShareSettings, __doc__)
     if settings.from_nanogpt:
         import_nanogpt(settings.from_nanogpt, settings.output_dir, settings.text, settings.tokenizer)
-        print(f"written to {settings.output_dir}")
+        tell(f"written to {settings.output_dir}")
         return
     name = settings.hub_model_id or (Path(settings.space).resolve().name if settings.push_to_hub else None)
     if name:
@@ -93,10 +93,10 @@ def main() -> None:
             merge=settings.merge,
             quantization=settings.quantization,
         )
-        print(f"written to {settings.output_dir}")
+        tell(f"written to {settings.output_dir}")
     if settings.page:
         write_page(settings.model, settings.page)
-        print(
+        tell(
             f"a page in {settings.page}; look at it: python -m http.server --bind 127.0.0.1 -d {settings.page}"
         )
     if settings.space:
@@ -111,7 +111,7 @@ def main() -> None:
             "merge": settings.merge,
             "quantization": settings.quantization,
         }
-        print(f"shared at {push(settings.model, settings.hub_model_id, **options)}")
+        tell(f"shared at {push(settings.model, settings.hub_model_id, **options)}")
 
 
 if __name__ == "__main__":

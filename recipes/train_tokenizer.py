@@ -14,11 +14,10 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
 from nanogpt_hf.common.settings import TextSettings, as_file_name, changed, setting, short_name
-from nanogpt_hf.common.text import printable
 from nanogpt_hf.data.corpora import AnyCorpus, load_corpus
 from nanogpt_hf.data.tokenization import longest_tokens, make_tokenizer
 
@@ -66,17 +65,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--output_dir {folder} exists: give another, or --overwrite_output_dir for a folder."
         )
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage, **settings.reading_options())
-    for line in [*([f"NOTE: {corpus.notice}"] if corpus.notice else []), *corpus.reading]:
-        print(printable(line))
+    tell(*([f"NOTE: {corpus.notice}"] if corpus.notice else []), *corpus.reading)
     tokenizer = make_tokenizer(settings.kind, corpus.train, settings.vocab_size, corpus.validation)
     if settings.kind == "bpe" and len(tokenizer) < settings.vocab_size:
-        print(f"NOTE: the text has merges for {len(tokenizer):,} tokens only.")
+        tell(f"NOTE: the text has merges for {len(tokenizer):,} tokens only.")
     try:
         with files_written_whole(folder) as staging:
             tokenizer.save_pretrained(staging)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
-    print(HEADER, printable(row(folder.name, tokenizer, corpus)), sep="\n")
+    tell(HEADER, row(folder.name, tokenizer, corpus))
 
 
 def row(name: str, tokenizer: PreTrainedTokenizerFast, corpus: AnyCorpus) -> str:

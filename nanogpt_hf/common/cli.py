@@ -331,6 +331,11 @@ def next_folder(folder: str) -> str:
     return f"{folder}-{number}"
 
 
+def tell(*lines: str) -> None:
+    """Print what a recipe has to say; names in it come from files and folders of anybody's."""
+    print(*map(printable, lines), sep="\n", flush=True)
+
+
 def run_recipe(main: Callable[[], object]) -> None:
     """Run a recipe's main: a user's mistake ends in one sentence and exit status 2, a failure around it in 1.
 

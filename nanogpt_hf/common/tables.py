@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from .text import printable
+
 Columns = Mapping[str, tuple[str, str]]  # key of a row -> heading and format
 
 
@@ -10,7 +12,7 @@ def table(rows: Sequence[Mapping], columns: Columns) -> str:
     keys = [key for key in columns if any(key in row for row in rows)]
     cells = [[columns[key][0] for key in keys]]
     for row in rows:
-        cells.append([columns[key][1].format(row[key]) if key in row else "" for key in keys])
+        cells.append([_cell(columns[key][1].format(row[key])) if key in row else "" for key in keys])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
@@ -21,3 +23,8 @@ def table(rows: Sequence[Mapping], columns: Columns) -> str:
         for line in (cells[0], rule, *cells[1:])
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A text that can neither drive a terminal nor leave its cell."""
+    return " ".join(printable(text).split()).replace("|", r"\|")

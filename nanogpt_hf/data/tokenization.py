@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
@@ -271,6 +272,20 @@ def _subword_encoder(backend: Tokenizer) -> TextEncoder | None:
     return encode_text
 
 
+@contextmanager
+def _panics_answered() -> Iterator[None]:
+    """The library panics where a pattern in a tokenizer.json, such as (a+)+$, takes too long on a text."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"the tokenizer cannot encode this text ({first_line(error)}): a pattern in its tokenizer.json gives up on it; "
+            "use another tokenizer."
+        ) from error
+
+
 def _library_ids(
     backend: Tokenizer, texts: Sequence[str], special_tokens: bool = False
 ) -> Iterator[np.ndarray]:
@@ -278,7 +293,8 @@ def _library_ids(
     before = backend.encode_special_tokens
     for start in range(0, len(texts), BATCH):
         backend.encode_special_tokens = not special_tokens
-        encodings = backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
+        with _panics_answered():
+            encodings = backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
         backend.encode_special_tokens = before
         yield from (np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
 
@@ -369,7 +385,8 @@ def encode_with_spans(
     """
     backend = tokenizer.backend_tokenizer
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
-    encoding = backend.encode(text, add_special_tokens=False)
+    with _panics_answered():
+        encoding = backend.encode(text, add_special_tokens=False)
     backend.encode_special_tokens = before
     spans, covered = [], 0
     for start, end in encoding.offsets:

@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import cached_file
 
 from ..common.errors import UserError
 from ..common.files import check_whole
@@ -29,6 +28,7 @@ from ..common.paths import check_model_name
 from ..common.text import first_line
 from ..data.tokenization import load_tokenizer
 from .bases import local_checkpoint
+from .checking import check_adapter, check_checkpoint, check_generation, find_file
 from .configuration_nanogpt import NanoGPTConfig
 from .conversion import as_native
 from .modeling_nanogpt import NanoGPTForCausalLM
@@ -78,13 +78,15 @@ def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple
     Raises:
         UserError: the adapter or its base cannot be read, or they do not belong together.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    if find_file(name, "adapter_model.safetensors") is None:
+    weights = find_file(name, "adapter_model.safetensors")
+    if weights is None:
         raise UserError(f"{name} holds no adapter_model.safetensors, and weights in pickles are not read.")
     check_whole(name, is_of_a_model)
+    config = check_adapter(name, weights)
     try:
-        base = local_checkpoint(PeftConfig.from_pretrained(name).base_model_name_or_path or "")
+        base = local_checkpoint(config.base_model_name_or_path)
         model = load_base(base)
         check_base(Path(name), base, model)
         tokenizer = load_tokenizer(name if find_file(name, "tokenizer.json") else base)
@@ -96,6 +98,7 @@ def put_on_base(name: str, load_base: Callable[[str], PreTrainedModel]) -> tuple
             warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers 6 drops
             adapted = PeftModel.from_pretrained(model, name)
         if find_file(name, "generation_config.json"):
+            check_generation(name, model.get_input_embeddings().weight.shape[0])
             model.generation_config = GenerationConfig.from_pretrained(name)
     except Exception as error:
         raise UserError(
@@ -167,14 +170,6 @@ def where_models_are(folder: str) -> str:
     return f"give its checkpoint {newest.parent}" if newest else "give a folder that a model was saved into"
 
 
-def find_file(name: str, file: str) -> str | None:
-    """Path of one file of a folder or Hub repository, None if it is not to be had."""
-    try:
-        return cached_file(name, file)
-    except OSError:
-        return None
-
-
 def load_causal_lm(name: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """A causal language model in transformers' own class for it, or ours, from a folder or the Hub.
 
@@ -206,6 +201,7 @@ def load_causal_lm(name: str, dtype: torch.dtype, **options: Any) -> PreTrainedM
     if not is_causal:
         kind = (config.architectures or [config.model_type])[0]
         raise UserError(f"{name} holds a {kind}, but what is needed is a causal language model.")
+    check_checkpoint(name)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -268,8 +264,10 @@ def load_native(name_or_path: str | os.PathLike, **options: Any) -> NanoGPTForCa
     """
     if os.path.isdir(name_or_path):
         check_whole(name_or_path, is_of_a_model)
+    folder = local_checkpoint(str(name_or_path))
+    check_checkpoint(folder)
     try:
-        model = NanoGPTForCausalLM.from_pretrained(local_checkpoint(str(name_or_path)), **options)
+        model = NanoGPTForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{first_line(error)}.") from error
     check_finite(model, name_or_path)

@@ -389,6 +389,9 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)
         plain = {} if name is None else PreTrainedConfig.get_config_dict(name, **kwargs)[0]
+        named = str(plain.get("transformers_weights") or "model.safetensors")
+        if kwargs["use_safetensors"] and not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(f"{name} names {named} for its weights, and pickles are not read.")
         load = cls.readers.get(plain.get("model_type"), super().from_pretrained)
         verbosity = logging.get_verbosity()
         logging.set_verbosity(

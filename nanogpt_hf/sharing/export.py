@@ -13,6 +13,7 @@ from ..common.errors import UserError
 from ..common.files import MANIFEST, check_whole, folder_written_whole
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
+from ..model.checking import read_adapter_config
 from ..model.conversion import FAMILIES, as_native, family_of, native_config, to_plain
 from ..model.loading import (
     is_of_a_model,
@@ -193,7 +194,7 @@ def _state(folder: Path) -> bytes | None:
 
 
 def _copy_adapter(folder: Path, target: Path, for_others: bool) -> str:
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = read_adapter_config(str(folder)).base_model_name_or_path
     if for_others and os.path.isdir(os.path.expanduser(base)):
         raise UserError(
             f"{folder} holds an adapter whose base, {base}, is a folder of this machine: nobody could load it from "

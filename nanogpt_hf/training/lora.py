@@ -28,8 +28,9 @@ from ..common.recipes import command
 from ..common.settings import FinetuningSettings
 from ..common.text import first_line, nearest, without_home
 from ..model.bases import local_checkpoint
+from ..model.checking import find_file
 from ..model.conversion import as_native
-from ..model.loading import find_file, load_causal_lm, load_native, put_on_base, suppress_padding
+from ..model.loading import load_causal_lm, load_native, put_on_base, suppress_padding
 
 # A short name of --target_modules -> what the path of a projection has in it, in all families.
 SHORT_NAMES = {"attention": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward"), "all": ("",)}

@@ -1,0 +1,245 @@
+"""Checkpoints of somebody else's: what they could make us run, hold or show is refused in a sentence."""
+
+import ast
+import json
+import re
+import runpy
+import shutil
+import sys
+
+import pytest
+import torch
+from processes import ROOT, TEXT, write_corpus
+from safetensors.torch import load_file
+
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf.common.cli import tell
+from nanogpt_hf.data.tokenization import encode, encode_with_spans, load_tokenizer, train_char_tokenizer
+from nanogpt_hf.model.loading import load_causal_lm, load_model_and_tokenizer, load_native
+
+SIZES = {"vocab_size": 320, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer = train_char_tokenizer([TEXT])
+    end = tokenizer.eos_token_id
+    NanoGPTForCausalLM(NanoGPTConfig(**SIZES, bos_token_id=end, eos_token_id=end)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(action, *words) -> str:
+    """The one sentence in which it is refused."""
+    with pytest.raises(ValueError) as caught:
+        action(*words)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and "Traceback" not in sentence
+    return sentence
+
+
+# --- weights ---
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """What torch.load was asked for; nothing, if all goes well."""
+    asked, load = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda file, *args, **options: asked.append(file) or load(file, *args, **options)
+    )
+    return asked
+
+
+DOORS = {
+    "sampling": lambda folder: load_model_and_tokenizer(str(folder)),
+    "a base": lambda folder: load_native(folder),
+    "any model": lambda folder: load_causal_lm(str(folder), torch.float32),
+    "our class": NanoGPTForCausalLM.from_pretrained,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_config_cannot_name_a_pickle_for_the_weights(model, opened, door):
+    torch.save(load_file(model / "model.safetensors"), model / "adapter_model.bin")
+    edit_json(model / "config.json", transformers_weights="adapter_model.bin")
+    said = refusal(DOORS[door], model)
+    assert "adapter_model.bin" in said and "weights_only" not in said
+    assert not opened
+
+
+@pytest.mark.parametrize("file", ["shard.bin", "../model.safetensors", "/etc/x.safetensors", 7])
+def test_an_index_names_nothing_but_safetensors_beside_it(model, opened, file):
+    weights = load_file(model / "model.safetensors")
+    torch.save(weights, model / "shard.bin")
+    (model / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, file)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert repr(file) in refusal(load_native, model)
+    assert repr(file) in refusal(load_model_and_tokenizer, str(model))
+    assert not opened
+
+
+def test_a_config_may_name_safetensors(model):
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    edit_json(model / "config.json", transformers_weights="other.safetensors")
+    assert load_native(model).config.n_layer == 2
+
+
+# --- sizes ---
+
+
+@pytest.fixture
+def nothing_is_built(monkeypatch):
+    def built(*args, **options):
+        raise AssertionError("a model of that size would have been built")
+
+    monkeypatch.setattr(NanoGPTForCausalLM, "__init__", built)
+
+
+@pytest.mark.parametrize("field", ["n_layer", "n_embd", "vocab_size", "n_inner"])
+def test_a_size_that_the_weights_do_not_have_is_refused_at_once(model, nothing_is_built, field):
+    edit_json(model / "config.json", **{field: 10**9})
+    for door in (load_native, lambda folder: load_model_and_tokenizer(str(folder))):
+        assert f"asks for {field} 1,000,000,000" in refusal(door, model)
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    """An adapter on the tiny model, as peft saves it."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "adapter"
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    peft_model = get_peft_model(load_native(model), config)
+    peft_model.peft_config["default"].base_model_name_or_path = str(model)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_that_fits_is_read(adapter):
+    assert load_model_and_tokenizer(str(adapter))
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**7}, {"rank_pattern": {"c_attn": 10**7}}])
+def test_a_rank_that_the_adapter_does_not_have_is_refused_at_once(adapter, nothing_is_built, changes):
+    edit_json(adapter / "adapter_config.json", **changes)
+    assert "a rank of 10,000,000" in refusal(load_model_and_tokenizer, str(adapter))
+
+
+@pytest.mark.parametrize("content", ["[1]", "1", "{", '{"base_model_name_or_path": 3}', "{}"])
+def test_an_adapter_config_that_is_none(adapter, content, tmp_path):
+    from nanogpt_hf.sharing.export import export_run
+
+    (adapter / "adapter_config.json").write_text(content)
+    assert "adapter" in refusal(load_model_and_tokenizer, str(adapter))
+    assert "adapter" in refusal(export_run, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- generation ---
+
+
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("tokens", [["a"], [10**9], [-1], [1.5], [True], 3, "a", [[1]], {"a": 1}])
+def test_tokens_that_there_are_not_cannot_be_suppressed(model, place, tokens):
+    edit_json(model / place, suppress_tokens=tokens)
+    for door in (load_native, lambda folder: load_model_and_tokenizer(str(folder))):
+        assert "suppress_tokens" in refusal(door, model)
+
+
+def test_tokens_that_there_are_may_be_suppressed(model):
+    (model / "generation_config.json").write_text('{"suppress_tokens": [5, 319]}')
+    loaded, _ = load_model_and_tokenizer(str(model))
+    assert {5, 319} <= {*loaded.generation_config.suppress_tokens}
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "{", '"a"'])
+def test_a_generation_config_that_is_none(model, content):
+    (model / "generation_config.json").write_text(content)
+    for door in (load_native, lambda folder: load_model_and_tokenizer(str(folder))):
+        assert "generation_config.json" in refusal(door, model)
+
+
+# --- tokenizers ---
+
+
+def test_a_pattern_that_explodes_ends_in_a_sentence(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    edit_json(folder / "tokenizer.json", pre_tokenizer=split)
+    tokenizer, text = load_tokenizer(str(folder)), "a" * 40 + "b"
+    for use in (encode, encode_with_spans):
+        assert "tokenizer.json" in refusal(use, tokenizer, text)
+
+
+# --- the terminal ---
+
+CLEAR = "\x1b[2J\x9b31m\u202e"
+DRIVING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def recipe(name):
+    return runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.name)
+def test_recipes_print_through_one_safe_door(path):
+    calls = [
+        node.func
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    assert "print" not in map(ast.unparse, calls)
+
+
+def test_that_door_spells_out_what_drives_a_terminal(capsys):
+    tell(CLEAR, "да\tнет")
+    said = capsys.readouterr().out
+    assert not DRIVING.search(said) and said.splitlines()[0].startswith("\\x1b[2J") and "да\tнет" in said
+
+
+def test_train_tokenizer_shows_an_alphabet_of_controls(tmp_path, capsys):
+    path = write_corpus(tmp_path, f"{CLEAR} to be\n" * 50)
+    for kind in ("char", "bpe"):
+        words = [
+            "--corpus",
+            str(path),
+            "--kind",
+            kind,
+            "--vocab_size",
+            "300",
+            "--output_dir",
+            str(tmp_path / f"{CLEAR}{kind}"),
+        ]
+        recipe("train_tokenizer")["main"](words)
+    said = capsys.readouterr().out
+    assert "\\x1b" in said and not DRIVING.search(said)
+
+
+def test_a_table_holds_what_its_cells_say():
+    rows = [{"model": f"runs/{CLEAR}a|b\nc", "loss": 1.0}]
+    split = {"corpus": CLEAR, "validation_characters": 3}
+    words = recipe("compare")["in_words"](split, rows)
+    assert not DRIVING.search(words)
+    assert words.splitlines()[-1].replace(r"\|", "").count("|") == 3
+
+
+def test_share_names_its_folder_safely(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["share.py", "--model", str(saved), "--output_dir", str(tmp_path / CLEAR)]
+    )
+    recipe("share")["main"]()
+    said = capsys.readouterr().out
+    assert "written to" in said and not DRIVING.search(said)
