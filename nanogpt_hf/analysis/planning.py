@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -143,7 +144,7 @@ class Layout:
     gradient_checkpointing: bool = False
     reshard_after_forward: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in LAYOUT_SIZES:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
@@ -344,7 +345,7 @@ def usual_layouts(config: NanoGPTConfig, gpus: int) -> list[Layout]:
     return layouts
 
 
-def fill_layout(gpus: int, dp_shard_size: int | None = None, **fields) -> Layout:
+def fill_layout(gpus: int, dp_shard_size: int | None = None, **fields: Any) -> Layout:
     """A layout of so many GPUs; those that the given sizes leave share one copy by FSDP2.
 
     Raises:

@@ -78,13 +78,13 @@ class _Parser(HfArgumentParser):
     """
 
     def __init__(self, cls: type[Settings], **kwargs: Any):
-        super().__init__(_groups(cls), **kwargs)
+        super().__init__(list[Any](_groups(cls)), **kwargs)
         hints = get_type_hints(cls)
         for action in self._actions:
             if action.dest in hints:
                 self._settle(action, hints[action.dest])
 
-    def _settle(self, action: Action, hint: Any) -> None:
+    def _settle(self, action: Any, hint: Any) -> None:
         for spelling in action.option_strings[1:]:
             del self._option_string_actions[spelling]
         del action.option_strings[1:]
@@ -124,7 +124,8 @@ def _groups(cls: type[Settings]) -> list[type]:
         for owner in cls.__mro__  # the last one wins: where it was first declared
         for name in owner.__dict__.get("__annotations__", {})
     }
-    hints, groups = get_type_hints(cls), {"The essentials": []}
+    hints = get_type_hints(cls)
+    groups: dict[str, list[tuple]] = {"The essentials": []}
     for item in fields(cls):
         title = "The essentials" if item.metadata.get("essential") else titles[item.name]
         groups.setdefault(title, []).append((item.name, hints[item.name], _for_argparse(item)))
@@ -246,7 +247,7 @@ def parse(
     parser.set_defaults(**dict.fromkeys([*known, "config"], UNSAID))
     said = read([word for word in argv if word not in ("-h", "--help")])
     if "-h" in argv or "--help" in argv:
-        parser.set_defaults(**actual | {"config": None} | _shown(defaults))
+        parser.set_defaults(**{**actual, "config": None, **_shown(defaults)})
         parser.parse_args(["--help"])
     config = said.pop("config", None)
     from_file = {} if config is None else read(_as_words(_from_config(config, cls, said)))
@@ -274,9 +275,9 @@ def by_preset(table: Mapping[str, Values], choose: Callable[[Values], str]) -> C
 
     def defaults(said: Values) -> Values:
         preset = choose(said)
-        return {"preset": preset} | table.get(preset, [*table.values()][-1])
+        return {"preset": preset, **table.get(preset, [*table.values()][-1])}
 
-    defaults.table = table  # for --help, which does not look at the hardware
+    defaults.table = table  # type: ignore[attr-defined] # for --help, which does not look at the hardware
     return defaults
 
 

@@ -34,7 +34,7 @@ def setting(default: Any, help: str, *, essential: bool = False, **bounds: float
     return field(default=default, metadata=metadata)
 
 
-def changed(group: type, name: str, default: Any, **metadata: Any) -> Any:
+def changed(group: Any, name: str, default: Any, **metadata: Any) -> Any:
     """A field of a group with another default, and another help where that is given."""
     return field(default=default, metadata={**group.__dataclass_fields__[name].metadata, **metadata})
 

@@ -6,10 +6,11 @@ the cache.
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from inspect import signature
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +94,8 @@ class CachedDecoder:
 
     def continue_(self, ids: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """The `count` tokens that follow a text (B T), each B; T + count may be one more than the context."""
-        unread, cache = ids, {}
+        unread = ids
+        cache: dict[str, Any] = {}
         for _ in range(count):
             output = self.model(input_ids=unread, use_cache=True, **self.last, **cache)
             cache = {name: output[name] for name in CACHES if output.get(name) is not None}
@@ -222,7 +224,15 @@ class _Block:
         if mlp.gated:
             self.activation = kernels.swiglu if kernels else swiglu
 
-    def __call__(self, x, cache, position, rotation, length, mask):
+    def __call__(
+        self,
+        x: torch.Tensor,
+        cache: Sequence[torch.Tensor],
+        position: torch.Tensor,
+        rotation: Sequence[torch.Tensor] | None,
+        length: Any,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         B, K = len(x), self.heads[1]
         keys, values = cache  # B K L D
         query = self.place_heads(
@@ -264,7 +274,13 @@ def _place_heads(attention: NanoGPTAttention, kernels: ModuleType | None) -> Cal
     heads = attention.heads
     normalize = _side_by_side(*norms, heads) if norms else None
 
-    def place(projected, keys, values, position, rotation):
+    def place(
+        projected: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position: torch.Tensor,
+        rotation: Sequence[torch.Tensor] | None,
+    ) -> torch.Tensor:
         qk, value = projected.split((heads[0] + heads[1], heads[2]), dim=1)
         if normalize is not None:
             qk = normalize(qk)

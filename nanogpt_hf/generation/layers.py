@@ -80,7 +80,7 @@ def _split_by_outputs(weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
     even = outputs - outputs % parts
     weights, rest = weight[:even].view(parts, -1, inputs).transpose(1, 2), weight[even:]
 
-    def product(x):
+    def product(x: torch.Tensor) -> torch.Tensor:
         y = torch.matmul(x, weights).transpose(0, 1).reshape(len(x), even)
         y = torch.cat((y, F.linear(x, rest)), dim=1) if len(rest) else y
         return y if bias is None else y + bias
@@ -98,7 +98,7 @@ def _product_in_8_bits(weight: torch.Tensor, bias: torch.Tensor | None) -> Layer
     """x (B I) @ weight (O I) transposed + bias (O), the weights in int8, x and the product rounded to bfloat16."""
     rounded, scale = round_to_8_bits(weight.detach())
 
-    def product(x):
+    def product(x: torch.Tensor) -> torch.Tensor:
         y = torch._weight_int8pack_mm(x.bfloat16(), rounded, scale).to(x.dtype)
         return y if bias is None else y + bias
 

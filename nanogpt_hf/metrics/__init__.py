@@ -6,9 +6,10 @@ network.
 
 import difflib
 import pkgutil
+from typing import Any
 
 
-def load(name: str):
+def load(name: str) -> Any:
     """The metric called `name`, an `evaluate.Metric` that keeps its inputs in memory.
 
     Nothing is written to the Hugging Face cache, which may be read-only; `evaluate.load` by path copies the

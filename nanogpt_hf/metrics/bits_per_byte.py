@@ -16,7 +16,7 @@ class BitsPerByte(evaluate.Metric):
     Returns {"bits_per_byte": float}. Raises ValueError if the lengths differ or the references hold no text.
     """
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         columns = {"predictions": datasets.Value("float64"), "references": datasets.Value("string")}
         return evaluate.MetricInfo(
             description=__doc__,
@@ -25,7 +25,7 @@ class BitsPerByte(evaluate.Metric):
             features=datasets.Features(columns),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[float], references: list[str]) -> dict[str, float]:
         n_bytes = sum(len(text.encode("utf-8")) for text in references)
         if n_bytes == 0:
             raise ValueError("references hold no text; pass the texts whose nats the predictions are")

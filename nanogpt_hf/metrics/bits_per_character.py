@@ -17,7 +17,7 @@ class BitsPerCharacter(evaluate.Metric):
     text.
     """
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         columns = {"predictions": datasets.Value("float64"), "references": datasets.Value("string")}
         return evaluate.MetricInfo(
             description=__doc__,
@@ -26,7 +26,7 @@ class BitsPerCharacter(evaluate.Metric):
             features=datasets.Features(columns),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[float], references: list[str]) -> dict[str, float]:
         n_characters = sum(map(len, references))
         if n_characters == 0:
             raise ValueError("references hold no text; pass the texts whose nats the predictions are")

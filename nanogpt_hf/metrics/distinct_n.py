@@ -1,6 +1,7 @@
 """Distinct-n: how varied generated text is, as the share of its n-grams that are distinct."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import datasets
 import evaluate
@@ -32,7 +33,7 @@ class DistinctN(evaluate.Metric):
     bare and not in a list.
     """
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=__doc__,
             citation=_CITATION,
@@ -40,13 +41,13 @@ class DistinctN(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 
-    def compute(self, *, predictions=None, **kwargs):
+    def compute(self, *, predictions: list[str] | None = None, **kwargs: Any) -> dict[str, float]:
         """Refuse a bare text, which evaluate would take for a list of one-character texts."""
         if isinstance(predictions, str):
             raise ValueError("predictions is a single text; put it into a list")
         return super().compute(predictions=predictions, **kwargs)
 
-    def _compute(self, predictions, n=2, unit="word"):
+    def _compute(self, predictions: list[str], n: int = 2, unit: str = "word") -> dict[str, float]:
         if n < 1:
             raise ValueError(f"n is {n}; an n-gram has at least 1 {unit}")
         if unit not in ("word", "character"):

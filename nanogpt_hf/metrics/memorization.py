@@ -1,5 +1,7 @@
 """Memorization: what of a language model's samples is copied verbatim from its training text."""
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -29,7 +31,7 @@ class Memorization(evaluate.Metric):
     prefixes (Kasai et al. 2001), in O(N log N) time and about 50 bytes of memory a character.
     """
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=__doc__,
             citation=_CITATION,
@@ -37,14 +39,20 @@ class Memorization(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 
-    def compute(self, *, predictions=None, references=None, **kwargs):
+    def compute(
+        self,
+        *,
+        predictions: list[str] | None = None,
+        references: list[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Compare all predictions with all references, which evaluate's own compute would pair one to one."""
         if isinstance(predictions, str) or isinstance(references, str):
             raise ValueError("predictions and references are lists of texts; put a single text into a list")
         references = [] if references is None else list(references)
         return super().compute(predictions=predictions, training_texts=references, **kwargs)
 
-    def _compute(self, predictions, training_texts, window=20):
+    def _compute(self, predictions: list[str], training_texts: list[str], window: int = 20) -> dict[str, Any]:
         if not any(training_texts):
             raise ValueError("references hold no text; pass the texts that the model was trained on")
         if window < 1:
@@ -62,7 +70,7 @@ class Memorization(evaluate.Metric):
         common = np.minimum(kasai(points, suffixes), room[suffixes])[:-1]
         sampled = suffixes < (lengths[: len(predictions)] + 1).sum()
 
-        def occurring(length):
+        def occurring(length: int) -> Any:
             """Positions in the samples whose next `length` characters occur in a reference."""
             # Suffixes of one group begin with the same `length` characters.
             group = np.concatenate([[0], np.cumsum(common < length)])

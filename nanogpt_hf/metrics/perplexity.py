@@ -21,7 +21,7 @@ class Perplexity(evaluate.Metric):
     same tokenizer. Raises ValueError if the lengths differ, or there is no text or no token.
     """
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         columns = {
             "predictions": datasets.Value("float64"),
             "references": datasets.Value("string"),
@@ -34,7 +34,9 @@ class Perplexity(evaluate.Metric):
             features=datasets.Features(columns),
         )
 
-    def _compute(self, predictions, references, token_counts):
+    def _compute(
+        self, predictions: list[float], references: list[str], token_counts: list[int]
+    ) -> dict[str, float]:
         nats, n_tokens, n_characters = math.fsum(predictions), sum(token_counts), sum(map(len, references))
         if n_characters == 0:
             raise ValueError("references hold no text; pass the texts whose nats the predictions are")
@@ -43,6 +45,6 @@ class Perplexity(evaluate.Metric):
         return {"perplexity": _exp(nats / n_tokens), "perplexity_per_character": _exp(nats / n_characters)}
 
 
-def _exp(nats):
+def _exp(nats: float) -> float:
     # A diverged model has infinite perplexity; math.exp would raise OverflowError.
     return math.inf if nats > 709 else math.exp(nats)

@@ -76,7 +76,7 @@ def _shapes(name: str, named: Any) -> dict[str, list[int]]:
             break
     else:
         return {}
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     try:
         for path in shards:
             with safe_open(path, "pt") as weights:

@@ -3,6 +3,9 @@
 This file and modeling_nanogpt.py travel with every checkpoint, so they import nothing but transformers.
 """
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 from transformers import GPT2Config
 from transformers.activations import ACT2FN
 
@@ -43,7 +46,7 @@ class NanoGPTConfig(GPT2Config):
 
     model_type = "nanogpt"
     attribute_map = GPT2Config.attribute_map | {"num_key_value_heads": "n_kv_head"}
-    readers = {}
+    readers: ClassVar[dict[str, Callable[[dict], dict]]] = {}
 
     architecture: str = "gpt2"
     norm: str | None = None
@@ -55,7 +58,7 @@ class NanoGPTConfig(GPT2Config):
     n_kv_head: int | None = None
     head_dim: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.architecture = FORMER_NAMES.get(self.architecture, self.architecture)
         if self.architecture not in (*ARCHITECTURES, "custom"):
             raise ValueError(f"architecture is {self.architecture!r}, use one of {', '.join(ARCHITECTURES)}.")
@@ -86,7 +89,7 @@ class NanoGPTConfig(GPT2Config):
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
 
-    def _check(self):
+    def _check(self) -> None:
         for switch, allowed in CHOICES.items():
             if getattr(self, switch) not in allowed:
                 raise ValueError(f"{switch} is {getattr(self, switch)!r}, use one of {', '.join(allowed)}.")
@@ -121,7 +124,7 @@ class NanoGPTConfig(GPT2Config):
         return 4 * self.n_embd if self.mlp == "gelu" else -(-8 * self.n_embd // 3 // 64) * 64
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """Also reads the configs of GPT-2 and of the families in `readers`.
 
         Raises:

@@ -155,7 +155,7 @@ def plain_state_dict(model: NanoGPTForCausalLM) -> dict[str, torch.Tensor]:
     if family_of(config) == "gpt2":
         return weights
     heads = [rows * config.head_dim for rows in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for ours, theirs in weight_names(config).items():
         sizes = heads if ours.endswith("c_attn.weight") else [len(weights[ours]) // len(theirs)] * len(theirs)
         parts = weights[ours].split(sizes)
@@ -205,7 +205,7 @@ def as_native(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
     return to_native(model, config)
 
 
-def _read(family: str, name: str, *args, config: NanoGPTConfig | None = None, **kwargs: Any) -> tuple:
+def _read(family: str, name: str, *args: Any, config: NanoGPTConfig | None = None, **kwargs: Any) -> tuple:
     """A model of ours and transformers' loading info, as `from_pretrained` gives them with output_loading_info."""
     places = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     places = {key: kwargs[key] for key in places if key in kwargs}

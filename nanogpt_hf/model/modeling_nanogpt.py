@@ -7,7 +7,9 @@ transformers and its safetensors.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -37,7 +39,7 @@ from .configuration_nanogpt import NanoGPTConfig
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm (Zhang and Sennrich 2019), computed in float32 whatever comes in, as Qwen3's."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -70,7 +72,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same attention as the fused kernels, written out: B H T D and B K T D in, B T H D and weights B H T T out."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -106,7 +117,14 @@ class NanoGPTAttention(nn.Module):
             self.k_norm = make_norm(config, self.head_dim)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, rotation=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = hidden_states.shape
         projected = self.c_attn(hidden_states).view(B, T, -1, self.head_dim)
         query, key, value = projected.split(self.heads, dim=2)  # B T H D, B T K D twice
@@ -152,7 +170,7 @@ class NanoGPTMLP(nn.Module):
         self.activation = partial(F.gelu, approximate=GELU[name]) if name in GELU else ACT2FN[name]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.c_fc(hidden_states)
         if self.gated:
             gate, value = hidden_states.chunk(2, dim=-1)
@@ -172,7 +190,7 @@ class NanoGPTBlock(GradientCheckpointingLayer):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = NanoGPTMLP(config)
 
-    def forward(self, hidden_states, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **kwargs)[0]
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
@@ -195,7 +213,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"h\.\d+\.attn\.(masked_)?bias$"]
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """GPT-2's initialisation: normal of std 0.02, and 1/sqrt(2 n_layer) of it where a residual branch ends."""
         super()._init_weights(module)
         if isinstance(module, (Conv1D, nn.Linear)):
@@ -229,10 +247,10 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
-    def set_input_embeddings(self, new_embeddings):
+    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         self.wte = new_embeddings
 
     @merge_with_config_defaults
@@ -245,7 +263,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Raises ValueError when past and present tokens together are more than n_positions."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -308,7 +326,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             its loading info. nanogpt_hf fills it in.
     """
 
-    readers = {}
+    readers: ClassVar[dict[str, Callable[..., Any]]] = {}
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: NanoGPTConfig):
@@ -330,7 +348,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B T V), and the loss in nats when there are labels.
 
@@ -372,12 +390,12 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
-        *args,
-        output_loading_info=False,
-        ignore_mismatched_sizes=False,
-        **kwargs,
-    ):
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Reads a native or a plain gpt2 checkpoint, or one of the families in `readers`, from a folder or the Hub.
 
         Only safetensors are read, unless use_safetensors=False asks for pickles.

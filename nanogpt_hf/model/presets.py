@@ -1,6 +1,6 @@
 """Named sizes, from a laptop's CPU to GPT-3, with the batches and learning rates that they were published with."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..common.errors import UserError
 from ..common.text import nearest
@@ -66,7 +66,7 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def preset_config(name: str, **overrides) -> NanoGPTConfig:
+def preset_config(name: str, **overrides: Any) -> NanoGPTConfig:
     """The configuration of a named size; `overrides` are any fields of NanoGPTConfig.
 
     Raises:

@@ -40,7 +40,7 @@ def finetune(settings: FinetuningSettings) -> Progress:
     settings = settle_length(accelerator, settings, model, objective)
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
-    with alone_in(accelerator, Path(settings.output_dir)):
+    with alone_in(accelerator, Path(settings.folder())):
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show, base)
         finish(accelerator, settings, corpus, progress, show)
     return progress

@@ -34,7 +34,7 @@ def pretrain(settings: TrainingSettings) -> Progress:
     settings = settle_length(accelerator, settings, model, objective)
     describe(accelerator, settings, corpus, tokenizer, model, objective)
     show = Showing(accelerator, settings, corpus)
-    with alone_in(accelerator, Path(settings.output_dir)):
+    with alone_in(accelerator, Path(settings.folder())):
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show)
         finish(accelerator, settings, corpus, progress, show)
     return progress

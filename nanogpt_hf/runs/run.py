@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -83,7 +83,7 @@ def resolve(
     T = settings.n_positions or context
     if T > context:
         raise UserError(f"--n_positions is {T}, more than the base's context of {context}.")
-    changes = {"output_dir": settings.folder(), "n_positions": T}
+    changes: dict[str, Any] = {"output_dir": settings.folder(), "n_positions": T}
     tokens = settings.train_tokens
     if settings.num_train_epochs is not None:
         tokens = settings.num_train_epochs * len(corpus.ids("train", tokenizer))
@@ -223,7 +223,7 @@ def finish(
     """Samples of the best model and of its base, the loss curve, the card and the last screen; then the upload."""
     merge = getattr(settings, "merge", False)
     if accelerator.is_main_process:
-        folder = Path(settings.output_dir)
+        folder = Path(settings.folder())
         if settings.model_name_or_path and (text := sample_base(accelerator, settings)) is not None:
             with files_written_whole(folder) as staging:
                 (staging / "samples_before.txt").write_text(text, encoding="utf-8")

@@ -36,7 +36,7 @@ class Showing:
 
     def __init__(self, accelerator: Accelerator, settings: RunSettings, corpus: AnyCorpus):
         self.accelerator, self.settings = accelerator, settings
-        self.run = Path(settings.output_dir)
+        self.run = Path(settings.folder())
         source = settings.model_name_or_path or settings.tokenizer
         self.title = f"{Path(corpus.name).name}, {Path(source).name}"  # without folders of this machine
         self.started, self.ended = time.perf_counter(), False

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -212,7 +212,7 @@ def vocabulary_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) 
     return 1 + max(id for id in tokenizer.get_vocab().values() if id not in never)
 
 
-def _add_weights(writer: "GGUFWriter", model: PreTrainedModel, rows: int, kind) -> None:
+def _add_weights(writer: "GGUFWriter", model: PreTrainedModel, rows: int, kind: Any) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import quantize
 

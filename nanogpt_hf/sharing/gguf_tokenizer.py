@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -115,7 +115,7 @@ def pre_tokenizer_name(spec: dict) -> str:
         UserError: it has none, or the tokenizer is no byte-level BPE.
     """
 
-    def plainly(part):
+    def plainly(part: Any) -> Any:
         """Without the setting that changes offsets only, not ids."""
         if isinstance(part, list):
             return [plainly(item) for item in part]

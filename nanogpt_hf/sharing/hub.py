@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -254,6 +254,7 @@ def _persist(
             pause = min(_retry_after(error, pause), LONGEST_PAUSE)
             tell(f"the upload failed ({_reason(error)}), trying again in {pause:g} s")
             time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 @contextmanager
@@ -270,7 +271,7 @@ def _bounded(seconds: float) -> Iterator[None]:
         log.setLevel(level)
 
 
-def _response(error: BaseException | None):
+def _response(error: BaseException | None) -> Any:
     """The Hub's answer behind an error, if it gave one."""
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__

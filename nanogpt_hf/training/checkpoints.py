@@ -10,14 +10,16 @@ checkpoints of 34 ms and 16 best models of 23 ms are 0.2% of the time, too littl
 import copy
 import json
 import secrets
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -77,7 +79,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint in a folder, and a sentence for each damaged one that is newer."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         reason = damage(path)
         if reason is None:
@@ -108,7 +110,9 @@ def prune(newest: Path, keep: int) -> None:
             kept += 1
 
 
-def save_model(accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_model(
+    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
     """Model and tokenizer as transformers (or peft) saves them. Every process calls it, the first one writes."""
     state = accelerator.get_state_dict(model)  # whole tensors, whatever the layout
     if accelerator.is_main_process:
@@ -122,7 +126,7 @@ def save_model(accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerFa
         tokenizer.save_pretrained(folder)
 
 
-def _under_its_own_class(model):
+def _under_its_own_class(model: nn.Module) -> nn.Module:
     """The same model; FSDP2 has put another class over its own, whose name and file would be saved with it."""
     if not isinstance(model, FSDPModule):
         return model
@@ -133,7 +137,7 @@ def _under_its_own_class(model):
     return plain
 
 
-def _save_adapter(model, state: dict[str, torch.Tensor], folder: Path) -> None:
+def _save_adapter(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
     """An adapter in peft's files. The save_pretrained of transformers and peft ask the Hub for the base's config."""
     from peft import get_peft_model_state_dict
 
@@ -146,7 +150,7 @@ def _save_adapter(model, state: dict[str, torch.Tensor], folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def load_weights(model, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path) -> None:
     """The weights that `save_model` wrote, into a model of the same shape, sharded or not; every process calls it.
 
     Raises:
@@ -175,13 +179,18 @@ def load_weights(model, folder: Path) -> None:
         raise UserError(f"{path} holds the weights of another model ({min(wrong)}).")
 
 
-def _unwrapped(optimizers) -> list[torch.optim.Optimizer]:
+def _unwrapped(optimizers: Iterable[Any]) -> list[torch.optim.Optimizer]:
     """Without accelerate's wrapper, whose step scales float16 gradients; reading a state takes an empty step."""
     return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
 
 
 def save_checkpoint(
-    accelerator: Accelerator, model, optimizers, tokenizer, progress: Progress, folder: Path
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizers: Iterable[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress,
+    folder: Path,
 ) -> None:
     """Everything to go on from progress.step. Every process calls it, the first one writes."""
     state = get_optimizer_state_dict(model, _unwrapped(optimizers), options=FULL_ON_CPU)
@@ -220,7 +229,7 @@ def read_progress(folder: Path) -> Progress:
     return progress
 
 
-def load_checkpoint(model, optimizers, folder: Path) -> None:
+def load_checkpoint(model: nn.Module, optimizers: Iterable[Any], folder: Path) -> None:
     """Put a checkpoint's weights and optimiser state into a prepared model and its optimisers.
 
     Learning rates and the like stay as the optimisers were made: they are settings, not state.
@@ -236,6 +245,7 @@ def load_checkpoint(model, optimizers, folder: Path) -> None:
         for key, tensor in load_file(folder / "optimizer.safetensors").items():
             parameter, name = key.rsplit("/", 1)
             state.setdefault(parameter, {})[name] = tensor
-        set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=FULL)
+        saved: dict[str, Any] = {"state": state, "param_groups": groups}
+        set_optimizer_state_dict(model, optimizers, saved, options=FULL)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} holds the state of other optimisers ({first_line(error)}).") from error

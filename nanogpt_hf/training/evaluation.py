@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
-from ..data.corpora import Corpus
+from ..data.corpora import AnyCorpus
 from ..data.token_stream import TokenStream
 
 LOGITS_AT_ONCE = 2**28  # 1 GiB in float32: GPT-2's 50,257 tokens leave room for 5 windows of 1,024
@@ -39,7 +39,7 @@ class SplitLoss:
 
 def validation_stream(
     tokenizer: PreTrainedTokenizerFast,
-    corpus: Corpus,
+    corpus: AnyCorpus,
     block_size: int,
     device: torch.device,
     begun: bool = False,

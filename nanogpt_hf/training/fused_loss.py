@@ -5,6 +5,7 @@ This is one kernel on CUDA, which reads and writes them once, wherever Triton ca
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -38,7 +39,13 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, num_items):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        num_items: torch.Tensor,
+    ) -> torch.Tensor:
         """hidden: N C. Saves the gradients themselves: hidden's, and the weight's in float32."""
         V = weight.shape[0]
         head = F.pad(weight.to(hidden.dtype), (0, 0, 0, -V % ALIGNMENT))  # rows of zeros, which add nothing
@@ -63,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() * scale
 
     @staticmethod
-    def backward(ctx, loss_grad):
+    def backward(ctx: Any, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * loss_grad.to(hidden_grad.dtype),
@@ -97,7 +104,9 @@ def _kernel_works(device: torch.device) -> bool:
     return True
 
 
-def _softmax_gradient_in_one_kernel(logits, targets, scale):
+def _softmax_gradient_in_one_kernel(
+    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     from .fused_loss_kernel import softmax_gradient_kernel
 
     N, V = logits.shape

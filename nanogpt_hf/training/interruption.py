@@ -5,6 +5,8 @@ import signal
 import stat
 import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +39,7 @@ class Interruption:
         self.max_minutes = max_minutes
         self.signal, self.checkpoint, self.out_of_time = 0, False, False
         self._noted, self._wants_checkpoint = 0, False
-        self._before = {}
+        self._before: dict[int, Any] = {}
         self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
 
     def __enter__(self) -> "Interruption":
@@ -48,11 +50,11 @@ class Interruption:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if number == CHECKPOINTING:
             self._wants_checkpoint = True
         elif number == HANGUP:  # it may come twice, from the kernel and from the shell

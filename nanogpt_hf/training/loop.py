@@ -47,7 +47,7 @@ def train(
         SystemExit: 128 + the signal's number, after SIGTERM, SIGINT or SIGHUP, once a checkpoint is written.
     """
     rate_factor = make_schedule(settings)
-    folder = Path(settings.output_dir)
+    folder = Path(settings.folder())
     identity = identity_of(settings, corpus, tokenizer, model, objective.tokens_per_step, base)
     progress, checkpoint = find_start(accelerator, settings, identity)
     repair = find_repair(folder, checkpoint, progress) if checkpoint is not None else None
@@ -169,7 +169,7 @@ def write_checkpoint(
 ) -> None:
     """A checkpoint of this step; of the older ones --save_total_limit decides what stays."""
     progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    newest = Path(settings.output_dir) / "checkpoints" / f"step-{progress.step}"
+    newest = Path(settings.folder()) / "checkpoints" / f"step-{progress.step}"
     save_checkpoint(accelerator, model, optimizers, tokenizer, progress, newest)
     if accelerator.is_main_process:
         prune(newest, settings.save_total_limit)

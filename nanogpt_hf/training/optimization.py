@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -57,12 +57,13 @@ def _polynomial(gram: torch.Tensor) -> torch.Tensor:
     A third fewer products where the other side is longer. It squares the condition, which only float32 has the
     digits for.
     """
-    result = None
+    result: torch.Tensor | None = None
     for step, (a, b, c) in enumerate(COEFFICIENTS, start=1):
         factor = _quadratic(gram, a, b, c)
         result = factor if result is None else factor @ result
         if step < len(COEFFICIENTS):
             gram = factor @ gram @ factor  # they commute
+    assert result is not None
     return result
 
 
@@ -134,7 +135,7 @@ class Muon(torch.optim.Optimizer):
         self.layouts = layouts or [Layout()] * len(self.param_groups[0]["params"])
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
         (group,) = self.param_groups
         moving = [
@@ -195,7 +196,7 @@ def make_optimizers(model: PreTrainedModel, settings: RunSettings) -> list[torch
     of_vectors = {"weight_decay": 0.0} | ({} if rate is None else {"lr": rate})
     groups = [{"params": matrices}, {"params": vectors, **of_vectors}]
     groups = [group for group in groups if group["params"]]
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
     if groups:  # an adapter may be matrices for Muon alone
         adamw = torch.optim.AdamW(
             groups,
@@ -231,7 +232,7 @@ def make_schedule(settings: RunSettings) -> Callable[[int], float]:
     if settings.lr_scheduler_type not in names:
         raise UserError(f"--lr_scheduler_type {settings.lr_scheduler_type} is not one of {', '.join(names)}.")
     warmup = settings.warmup_steps
-    extra = {}
+    extra: dict[str, float] = {}
     if settings.lr_scheduler_type == "warmup_stable_decay":
         extra = {"num_decay_steps": settings.max_steps // 2}
     if settings.lr_scheduler_type == "cosine_with_min_lr":

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -136,7 +137,7 @@ def not_finite(what: str, step: int, folder: str) -> str:
 
 def same_run(settings: RunSettings, progress: Progress) -> dict[str, dict]:
     """What makes each tracker go on with the run that it knows, where it can, instead of beginning another."""
-    name = f"{Path(settings.output_dir).name}-{progress.run_id}"
+    name = f"{Path(settings.folder()).name}-{progress.run_id}"
     return {
         "trackio": {"name": name, "resume": "allow"},
         "wandb": {"name": name, "id": progress.run_id, "resume": "allow", "dir": settings.output_dir},
@@ -155,9 +156,9 @@ class RunLog:
         self, accelerator: Accelerator, settings: RunSettings, tokens_per_step: int, progress: Progress
     ):
         self.accelerator, self.settings, self.tokens_per_step = accelerator, settings, tokens_per_step
-        self.path = Path(settings.output_dir) / "metrics.jsonl"
+        self.path = Path(settings.folder()) / "metrics.jsonl"
         self.losses: list[torch.Tensor] = []
-        self.shown = {}
+        self.shown: dict[str, float] = {}
         self.started = time.perf_counter() - progress.elapsed_s
         self.interval_start, self.interval_steps = time.perf_counter(), 0
         if accelerator.is_main_process:
@@ -181,7 +182,7 @@ class RunLog:
                 )
             )
 
-    def _tracked(self, action) -> None:
+    def _tracked(self, action: Callable[[], object]) -> None:
         """A tracker that fails is given up with a sentence; the run goes on."""
         try:
             action()

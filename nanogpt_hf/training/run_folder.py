@@ -22,7 +22,7 @@ from ..common.files import MANIFEST, UNFINISHED, delete, delete_left_overs, one_
 from ..common.recipes import command, recipes
 from ..common.settings import OF_A_START, FinetuningSettings, RunSettings, public_values
 from ..common.text import printable, without_home
-from ..data.corpora import Corpus
+from ..data.corpora import AnyCorpus
 from ..model import NanoGPTConfig
 from ..model.bases import describe_base
 from .checkpoints import Progress, damage, newest_good, read_progress
@@ -50,7 +50,7 @@ ADAPTATION = (  # settings of a fine-tuning that decide what trains
 
 def identity_of(
     settings: RunSettings,
-    corpus: Corpus,
+    corpus: AnyCorpus,
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
     tokens_per_step: int,
@@ -93,7 +93,7 @@ def find_start(
         UserError: the folder cannot be used, holds something else, or holds another run than the one asked for.
     """
     check_agreement(accelerator, identity)
-    folder = Path(settings.output_dir)
+    folder = Path(settings.folder())
     try:
         used = check_folder(folder, settings.overwrite_output_dir)
         if settings.overwrite_output_dir and settings.model_name_or_path:
@@ -243,13 +243,13 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return f"{key} was {_short(before)} and is now {_short(now)}"
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 24 else str(value)
 
 
 def open_run_folder(
     settings: RunSettings,
-    corpus: Corpus,
+    corpus: AnyCorpus,
     tokenizer: PreTrainedTokenizerFast,
     identity: dict,
     progress: Progress,
@@ -267,7 +267,7 @@ def open_run_folder(
     Raises:
         UserError: it cannot be made or written.
     """
-    folder = Path(settings.output_dir)
+    folder = Path(settings.folder())
     try:
         if checkpoint is None and settings.overwrite_output_dir:
             for name in MADE_BY_A_RUN:

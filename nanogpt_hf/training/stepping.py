@@ -7,6 +7,7 @@ a small model's step is a thousand launches, and the device waits for the host b
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ class Stepper:
         return alone and accelerator.scaler is None
 
     def _capture(self, batches: Sequence[Batch]) -> None:
-        def step(batches):
+        def step(batches: Sequence[Batch]) -> Any:
             return accumulate_gradients(self.accelerator, self.model, self.objective, batches), self._update()
 
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -164,7 +165,7 @@ class CapturedStep:
     The random numbers of a replay are those that the device's seed at that time gives, as without a graph.
     """
 
-    def __init__(self, step, batches: Sequence[Batch]):
+    def __init__(self, step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]):
         self.batches = [tuple(part.clone() for part in batch) for batch in batches]
         torch.cuda.empty_cache()  # the graph takes memory of its own
         self.graph = torch.cuda.CUDAGraph()
@@ -217,7 +218,7 @@ def global_batch_size(settings: RunSettings, accelerator: Accelerator) -> int:
 
 def step_seed(seed: int, step: int, process_index: int) -> int:
     """Seed of the random numbers (dropout) of one step of one process; nothing of them needs to be stored."""
-    return int(mix(mix(mix(seed) ^ np.uint64(step)) ^ np.uint64(process_index)) >> np.uint64(1))
+    return int(mix(mix(mix(np.uint64(seed)) ^ np.uint64(step)) ^ np.uint64(process_index)) >> np.uint64(1))
 
 
 def smaller_batch(accelerator: Accelerator, settings: RunSettings, micro_batch: int) -> int:
