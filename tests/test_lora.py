@@ -360,7 +360,7 @@ def bad_inputs(places, tmp_path, adapter):
         (["--tokenizer", "char"], "there is no setting --tokenizer"),
         (["--lora_r", "0"], "at least 1"),
         (["--lora_dropout", "1"], "less than 1"),
-        (["--num_train_epochs", "0"], "more than 0"),
+        (["--lora_alpha", "0"], "more than 0"),
         (["--load_in_4bit"], "needs a CUDA GPU"),
         (["--load_in_8bit", "--full"], "give one"),
         (["--merge", "--full"], "share.py"),

@@ -104,6 +104,8 @@ def find_targets(model: PreTrainedModel, names: list[str]) -> list[str]:
     projections = {name for name, module in model.named_modules() if isinstance(module, (Conv1D, nn.Linear))}
     head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
     blocks = called_projections(model) - head
+    if "mamba" in model.config.model_type:
+        blocks = {name for name in blocks if not name.endswith("out_proj")}  # which peft refuses
     targets = set()
     for name in names:
         parts = SHORT_NAMES.get(name)

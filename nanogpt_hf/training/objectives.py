@@ -120,9 +120,10 @@ def next_token_loss(
 class _TakesHiddenStates(nn.Module):
     """Stands in the head's place and keeps what would be multiplied with the head (B T C)."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.hidden_states: torch.Tensor | None = None
+        self.__dict__["weight"] = head.weight  # Mamba asks for its dtype; no parameter of this module's own
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.hidden_states = hidden_states
@@ -132,7 +133,8 @@ class _TakesHiddenStates(nn.Module):
 @contextmanager
 def hidden_states_instead_of_logits(lm: nn.Module) -> Iterator[_TakesHiddenStates]:
     """A context in which a causal language model gives its last hidden states to what is entered, and no logits."""
-    head, stand_in = lm.get_output_embeddings(), _TakesHiddenStates()
+    head = lm.get_output_embeddings()
+    stand_in = _TakesHiddenStates(head)
     lm.set_output_embeddings(stand_in)
     try:
         yield stand_in
