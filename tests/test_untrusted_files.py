@@ -9,13 +9,17 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelInfo, constants
 from processes import ROOT, TEXT, write_corpus
 from safetensors.torch import load_file
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.common.cli import tell
+from nanogpt_hf.common.cli import run_recipe, tell
+from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.text import first_line
 from nanogpt_hf.data.tokenization import encode, encode_with_spans, load_tokenizer, train_char_tokenizer
 from nanogpt_hf.model.loading import load_causal_lm, load_model_and_tokenizer, load_native
+from nanogpt_hf.sharing.hub import check_push, push
 
 SIZES = {"vocab_size": 320, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
 
@@ -243,3 +247,49 @@ def test_share_names_its_folder_safely(saved, tmp_path, capsys, monkeypatch):
     recipe("share")["main"]()
     said = capsys.readouterr().out
     assert "written to" in said and not DRIVING.search(said)
+
+
+# --- the Hub ---
+
+TOKEN = "hf_fakesecretfakesecret"
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+USER = {"name": "ann", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[1, 2], 3, "ann", None, {"name": "ann", "orgs": 3}, {"name": "ann", "auth": [1]}, USER],
+    ids=str,
+)
+def test_an_answer_that_no_hub_gives_is_no_traceback(token, monkeypatch, answer):
+    """Of whoami; for a good one it is model_info that answers with a list."""
+    said = []
+    monkeypatch.setattr(HfApi, "whoami", lambda self: answer)
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, timeout: ModelInfo(*[1, 2]))
+    check_push("thing", tell=said.append)
+    assert len(said) == 1 and "is not known" in said[0]
+
+
+def test_a_push_to_such_a_hub_ends_in_a_sentence(token, monkeypatch, saved):
+    monkeypatch.setattr(HfApi, "whoami", lambda self: [1, 2])
+    assert "try again with" in refusal(lambda: push(saved, "thing", pauses=(), tell=lambda line: None))
+
+
+def raised(error):
+    raise error
+
+
+def test_an_error_that_echoes_the_token_is_printed_without(token, capsys):
+    echo = f"401 Client Error: no {TOKEN} here, Authorization: Bearer hf_anotheranother"
+    for error in (UserError(echo), OSError(echo), UserError(f"it says: {first_line(ValueError(echo))}")):
+        with pytest.raises(SystemExit):
+            run_recipe(lambda: raised(error))
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and "Client Error" in said and "hf_" not in said

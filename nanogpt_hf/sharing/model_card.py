@@ -11,12 +11,12 @@ from math import isfinite, prod
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_token
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..common.errors import UserError
 from ..common.files import files_written_whole
-from ..common.text import printable
+from ..common.text import printable, without_token
 from ..training.checkpoints import read_progress
 from ..training.reporting import read_metrics
 
@@ -362,10 +362,3 @@ def _side_by_side(left: str, before: str, right: str, after: str) -> str:
 def _plain_words(text: str) -> str:
     """One line in which nothing is mark-up."""
     return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", " ".join(printable(text).split()))
-
-
-def without_token(text: str) -> str:
-    """The text without the token of the Hub that is in use here, or any that a request would carry."""
-    token = get_token()
-    text = text.replace(token, "…") if token else text
-    return re.sub(r"(?i)\b(bearer) +\S+", r"\1 …", text)
