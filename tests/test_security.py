@@ -206,6 +206,54 @@ def test_the_home_is_recognised_by_whole_names(monkeypatch, tmp_path):
     assert without_home("/data/text.txt") == "/data/text.txt"
 
 
+def test_the_home_is_recognised_however_a_path_leads_there(monkeypatch, tmp_path):
+    home = tmp_path / "home" / "ann"
+    (home / "texts").mkdir(parents=True)
+    (home.parent / "bob").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for path in (
+        f"a/..//..{'/..' * 20}{home}/x.txt",
+        "home/ann/x.txt",
+        "./home/ann/x.txt",
+        "home/bob/../ann/x.txt",
+    ):
+        assert without_home(path) == "~/x.txt"
+    assert without_home("home/ann") == "~" and without_home("home/ann/*.txt") == "~/*.txt"
+    assert without_home(f"a/..//{home}/x.txt").count("ann") == 0
+    assert without_home(f"document of {home}: {home}.") == "document of ~: ~."
+    for path in ("home/bob/x.txt", "home/annabel/x.txt", "x.txt", "", "/elsewhere" + str(home), "linear"):
+        assert without_home(path) == path
+    monkeypatch.chdir(home / "texts")
+    assert without_home("../../ann/x.txt") == "~/x.txt"
+    for path in ("../x.txt", "x.txt", "../../bob/x.txt", "a/../x.txt", ""):
+        assert without_home(path) == path
+
+
+@pytest.mark.parametrize("given", ["secret_home/{}", "a/..//..{up}{home}/{}", "{home}/../secret_home/{}"])
+def test_no_way_of_writing_a_path_gives_the_home_away(tmp_path, given):
+    home = tmp_path / "secret_home"
+    home.mkdir()
+    (tmp_path / "a").mkdir()
+    write_corpus(home)
+
+    def written(name):
+        return given.format(name, home=home, up="/.." * 20)
+
+    words = training_words(
+        written("run"), written("text.txt"), "--max_steps", "2", "--document_end", str(home)
+    )
+    options = {"recipe": "pretrain_char.py", "prepare": (os.chdir, str(tmp_path)), "HOME": str(home)}
+    finished(words, log=tmp_path / "log", **options)
+    words = training_words(
+        written("two"), written("text.txt"), "--max_steps", "2", "--tokenizer", written("run")
+    )
+    finished(words, log=tmp_path / "log2", **options)
+    files = [path for name in ("run", "two") for path in (home / name).rglob("*") if path.is_file()]
+    assert {"run.yaml", "README.md", "progress.json"} <= {path.name for path in files}
+    assert not [path for path in files if re.search(rb"secret_?home", path.read_bytes())]
+
+
 # --- nothing drives the terminal ---
 
 

@@ -6,16 +6,24 @@ import re
 import runpy
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import HfApi, ModelInfo, constants
 from processes import ROOT, TEXT, write_corpus
 from safetensors.torch import load_file
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.common.cli import tell
+from nanogpt_hf.common.cli import run_recipe, tell
+from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.text import first_line
 from nanogpt_hf.data.tokenization import encode, encode_with_spans, load_tokenizer, train_char_tokenizer
 from nanogpt_hf.model.loading import load_causal_lm, load_model_and_tokenizer, load_native
+from nanogpt_hf.sharing.export import export_run
+from nanogpt_hf.sharing.hub import check_push, push
+from nanogpt_hf.sharing.model_card import make_card
 
 SIZES = {"vocab_size": 320, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
 
@@ -140,8 +148,6 @@ def test_a_rank_that_the_adapter_does_not_have_is_refused_at_once(adapter, nothi
 
 @pytest.mark.parametrize("content", ["[1]", "1", "{", '{"base_model_name_or_path": 3}', "{}"])
 def test_an_adapter_config_that_is_none(adapter, content, tmp_path):
-    from nanogpt_hf.sharing.export import export_run
-
     (adapter / "adapter_config.json").write_text(content)
     assert "adapter" in refusal(load_model_and_tokenizer, str(adapter))
     assert "adapter" in refusal(export_run, adapter, tmp_path / "out")
@@ -243,3 +249,90 @@ def test_share_names_its_folder_safely(saved, tmp_path, capsys, monkeypatch):
     recipe("share")["main"]()
     said = capsys.readouterr().out
     assert "written to" in said and not DRIVING.search(said)
+
+
+# --- the Hub ---
+
+TOKEN = "hf_fakesecretfakesecret"
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+USER = {"name": "ann", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[1, 2], 3, "ann", None, {"name": "ann", "orgs": 3}, {"name": "ann", "auth": [1]}, USER],
+    ids=str,
+)
+def test_an_answer_that_no_hub_gives_is_no_traceback(token, monkeypatch, answer):
+    """Of whoami; for a good one it is model_info that answers with a list."""
+    said = []
+    monkeypatch.setattr(HfApi, "whoami", lambda self: answer)
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, timeout: ModelInfo(*[1, 2]))
+    check_push("thing", tell=said.append)
+    assert len(said) == 1 and "is not known" in said[0]
+
+
+def test_a_push_to_such_a_hub_ends_in_a_sentence(token, monkeypatch, saved):
+    monkeypatch.setattr(HfApi, "whoami", lambda self: [1, 2])
+    assert "try again with" in refusal(lambda: push(saved, "thing", pauses=(), tell=lambda line: None))
+
+
+def raised(error):
+    raise error
+
+
+def test_an_error_that_echoes_the_token_is_printed_without(token, capsys):
+    echo = f"401 Client Error: no {TOKEN} here, Authorization: Bearer hf_anotheranother"
+    for error in (UserError(echo), OSError(echo), UserError(f"it says: {first_line(ValueError(echo))}")):
+        with pytest.raises(SystemExit):
+            run_recipe(partial(raised, error))
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and "Client Error" in said and "hf_" not in said
+
+
+# --- run.yaml and metrics.jsonl ---
+
+CORPUS = {"name": "text.txt", "source": "a file", "sha256": "0" * 64}
+DAMAGE = {
+    "a number for the source": {"record": {"corpus": CORPUS | {"source": 3}}},
+    "a list for the name": {"record": {"corpus": CORPUS | {"name": ["a"]}}},
+    "no name": {"record": {"corpus": {"source": "a file", "sha256": "0"}}},
+    "words for a number": {"record": {"corpus": CORPUS | {"characters": "many"}}},
+    "a list for the record": {"record": [1]},
+    "a number for the corpus": {"record": {"corpus": 3}},
+    "a number for the versions": {"record": {"versions": 3}},
+    "a list for the base": {"record": {"base": ["gpt2"]}},
+    "a number for a licence": {"record": {"base": {"license": 3}}},
+    "a list for the identity": {"record": {"identity": [1]}},
+    "a number for the command": {"record": {"command": 3}},
+    "a number for the history": {"record": {"history": 3}},
+    "a number for the base's name": {"model_name_or_path": 3},
+    "a list for the tokenizer": {"tokenizer": [1]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_yaml_that_no_run_has_written(model, damage, tmp_path):
+    (model / "run.yaml").write_text(yaml.safe_dump(DAMAGE[damage]))
+    assert "run.yaml" in refusal(export_run, model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("record", [{"corpus": CORPUS}, {"corpus": None}, None, {}], ids=str)
+def test_a_run_yaml_that_says_little(model, record):
+    (model / "run.yaml").write_text(yaml.safe_dump({"record": record}))
+    assert make_card(model).text
+
+
+@pytest.mark.parametrize("value", ['"x"', "[1]", "null", "true", "{}", "1e999", "NaN"])
+def test_a_loss_that_is_no_number_is_not_told(model, value):
+    (model / "metrics.jsonl").write_text(f'{{"step": 1, "eval_loss": {value}, "train_loss": {value}}}\n')
+    (model / "run.yaml").write_text(yaml.safe_dump({"record": {"corpus": CORPUS}}))
+    assert "## Result" not in make_card(model).text

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import UserError
 from .settings import Settings
-from .text import nearest, printable
+from .text import nearest, printable, without_token
 
 S = TypeVar("S", bound=Settings)
 Values = Mapping[str, Any]
@@ -354,7 +354,7 @@ def run_recipe(main: Callable[[], object]) -> None:
         if message is None or os.environ.get("NANOGPT_HF_DEBUG") == "1":
             raise
         if lost or os.environ.get("RANK", "0") == "0":
-            print(f"error: {printable(message)}", file=sys.stderr)
+            print(f"error: {printable(without_token(message))}", file=sys.stderr)
         sys.exit(status)
 
 

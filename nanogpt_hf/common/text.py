@@ -55,18 +55,42 @@ def spelt_out(word: str) -> str:
         raise UserError(f"{word!r} is not UTF-8: give it as such.") from error
 
 
-def without_home(path: str) -> str:
-    """A path under the user's home begins with ~ instead, which `os.path.expanduser` undoes; all else stays."""
-    home = os.path.expanduser("~")
-    for prefix in (home, os.path.realpath(home)):
-        if len(prefix) > 1 and (path == prefix or path.startswith(prefix.rstrip(os.sep) + os.sep)):
-            return "~" + path[len(prefix.rstrip(os.sep)) :]
-    return path
+def without_home(text: str) -> str:
+    """A path into the user's home, however it is written, begins with ~ instead, which `os.path.expanduser` undoes.
+
+    So does the home anywhere else in the text. A relative path that stays within the home, or outside, is as it was.
+    """
+    written = os.path.expanduser("~")
+    for home in dict.fromkeys(path.rstrip(os.sep) for path in (written, os.path.realpath(written))):
+        if home and text and _lies_in(text, home) and (os.path.isabs(text) or _leaves(text, home)):
+            text = "~" + os.path.abspath(text)[len(home) :]
+        elif home:
+            text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w-]|\.\w)", "~", text)
+    return text
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return f"{os.path.abspath(path)}{os.sep}".startswith(folder + os.sep)
+
+
+def _leaves(path: str, home: str) -> bool:
+    """Whether a relative path into the home comes from outside, or goes through it."""
+    return not _lies_in(os.curdir, home) or os.path.normpath(path) != os.path.relpath(path)
+
+
+def without_token(text: str) -> str:
+    """The text without the token of the Hub that is in use here, or any that a request would carry."""
+    from huggingface_hub import get_token  # which takes a while
+
+    token = get_token()
+    text = text.replace(token, "…") if token else text
+    return re.sub(r"(?i)\b(bearer) +\S+", r"\1 …", text)
 
 
 def first_line(error: BaseException, lines: int = 1) -> str:
-    """The first lines of a library's message as one, without its full stop; the error's type where it says nothing."""
-    line = " ".join(str(error).strip().splitlines()[:lines]).rstrip(".")
+    """The first lines of a library's message as one, without its full stop or a token that it quotes; the error's type
+    where it says nothing."""
+    line = without_token(" ".join(str(error).strip().splitlines()[:lines])).rstrip(".")
     return line[:300] or type(error).__name__
 
 

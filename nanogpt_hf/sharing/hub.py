@@ -34,9 +34,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..common.errors import UserError
 from ..common.files import MANIFEST
 from ..common.recipes import command
-from ..common.text import printable
+from ..common.text import first_line, printable, without_token
 from .export import export_run
-from .model_card import without_token
 
 T = TypeVar("T")
 
@@ -89,14 +88,16 @@ def check_push(
     api = HfApi()
     try:
         with _bounded(timeout):
-            user = api.whoami()
             owner, _, name = repo_id.rpartition("/")
-            owner = owner or user["name"]
-            try:
-                info = api.repo_info(f"{owner}/{name}", repo_type=repo_type, timeout=timeout)
-                api.auth_check(f"{owner}/{name}", repo_type=repo_type, write=True)
-            except RepositoryNotFoundError:
-                info = None
+            with _answers_understood():
+                user = api.whoami()
+                owner = owner or user["name"]
+                may_create = _may_create(user, owner)
+                try:
+                    info = api.repo_info(f"{owner}/{name}", repo_type=repo_type, timeout=timeout)
+                    api.auth_check(f"{owner}/{name}", repo_type=repo_type, write=True)
+                except RepositoryNotFoundError:
+                    info = None
     except FAILURES as error:
         status = _status(error)
         if status == 401:
@@ -107,12 +108,21 @@ def check_push(
             f"warning: whether the upload to {repo_id} will work is not known, the Hub did not say ({_reason(error)})"
         )
         return
-    if info is None and not _may_create(user, owner):
+    if info is None and not may_create:
         raise UserError(
             f"the token may not create {owner}/{name} on the Hub: log in with one that may write there."
         )
     if info is not None and private and not info.private:
         raise UserError(_is_public(f"{owner}/{name}"))
+
+
+@contextmanager
+def _answers_understood() -> Iterator[None]:
+    """An answer of another form than the Hub gives is a failure of what has answered, and no bug."""
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        raise OSError(f"an answer of a form that the Hub never gives: {first_line(error)}") from error
 
 
 def _is_public(repo_id: str) -> str:
@@ -163,7 +173,7 @@ def push(
     api = HfApi()
     try:
         if "/" not in repo_id:
-            repo_id = f"{_persist(api.whoami, pauses, timeout, tell)['name']}/{repo_id}"
+            repo_id = f"{_persist(lambda: api.whoami()['name'], pauses, timeout, tell)}/{repo_id}"
         with TemporaryDirectory() as staging:
             model = Path(staging) / "model"
             export_run(folder, model, format, repo_id, merge, quantization)
@@ -244,7 +254,7 @@ def _persist(
     """The action's result, after as many tries as it takes and pauses allow; the last failure is raised."""
     for pause in (*pauses, None):
         try:
-            with _bounded(timeout):
+            with _bounded(timeout), _answers_understood():
                 return action()
         except FAILURES as error:
             # A large file goes to a signed address that expires: RuntimeError, whatever its status.

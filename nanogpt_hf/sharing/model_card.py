@@ -9,14 +9,15 @@ import re
 import shlex
 from math import isfinite, prod
 from pathlib import Path
+from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_token
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..common.errors import UserError
 from ..common.files import files_written_whole
-from ..common.text import printable
+from ..common.text import printable, without_token
 from ..training.checkpoints import read_progress
 from ..training.reporting import read_metrics
 
@@ -25,6 +26,23 @@ NOT_IN_A_CARD = (
     "corpus validation_file model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
     "hub_model_id hub_private_repo hub_format"
 ).split()
+# What the card reads of a run.yaml.
+FORM_OF_A_RUN = {
+    "model_name_or_path": str,
+    "tokenizer": str,
+    "record": {
+        "corpus": {
+            **dict.fromkeys(("name", "source", "sha256", "license", "notice"), str),
+            "language": (str, list),
+            "characters": int,
+        },
+        "base": dict.fromkeys(("model_type", "license", "source", "hub_id"), str),
+        "versions": dict,
+        "history": list,
+        "command": str,
+        "identity": dict,
+    },
+}
 LOADING = {
     "plain": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", {name})\n',
     "nanogpt": (
@@ -83,9 +101,9 @@ def make_card(
     shown, weights = shown or model, weights or model
     name = name or run.resolve().name
     settings = read_run(run / "run.yaml")
-    record = settings.pop("record", {})
-    corpus = record.get("corpus", {})
-    base, base_facts = settings.get("model_name_or_path"), record.get("base", {})
+    record = settings.pop("record", None) or {}
+    corpus = record.get("corpus") or {}
+    base, base_facts = settings.get("model_name_or_path"), record.get("base") or {}
     config = (
         json.loads((model / "config.json").read_text(encoding="utf-8"))
         if (model / "config.json").exists()
@@ -103,7 +121,7 @@ def make_card(
         library_name={"adapter": "peft", "gguf": "gguf"}.get(format, "transformers"),
         pipeline_tag="text-generation",
         tags=["nanogpt_hf", *([config["architecture"]] if "architecture" in config else [])],
-        datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source", "")) or None,
+        datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source") or "") or None,
         base_model=base_facts.get("hub_id") if base_facts else base if base and _is_hub_id(base) else None,
         model_name=printable(name),
         eval_results=_results(corpus_name, best, rows) if corpus and "eval_loss" in best else None,
@@ -165,14 +183,20 @@ def read_run(path: Path) -> dict:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values or {}, dict):
         raise UserError(f"{path} must hold `setting: value` lines.")
-    record = (values or {}).get("record", {})
-    of_type = isinstance(record, dict) and all(
-        isinstance(record.get(name) or kind(), kind)
-        for name, kind in (("corpus", dict), ("versions", dict), ("history", list), ("command", str))
-    )
-    if not of_type:
+    values = values or {}
+    corpus = values["record"].get("corpus") if isinstance(values.get("record"), dict) else None
+    if not _fits(values, FORM_OF_A_RUN) or (corpus and not {"name", "source", "sha256"} <= {*corpus}):
         raise UserError(f"{path} has a record that no run has written: delete it to share the model without.")
-    return values or {}
+    return values
+
+
+def _fits(value: Any, form: Any) -> bool:
+    """Whether a value is of a type, or a dict whose values are of theirs; what is not there, or None, fits."""
+    if value is None:
+        return True
+    if not isinstance(form, dict):
+        return isinstance(value, form) and not (isinstance(value, bool) and form is int)
+    return isinstance(value, dict) and all(_fits(value.get(name), part) for name, part in form.items())
 
 
 def _license(corpus_license: str | None) -> dict:
@@ -362,10 +386,3 @@ def _side_by_side(left: str, before: str, right: str, after: str) -> str:
 def _plain_words(text: str) -> str:
     """One line in which nothing is mark-up."""
     return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", " ".join(printable(text).split()))
-
-
-def without_token(text: str) -> str:
-    """The text without the token of the Hub that is in use here, or any that a request would carry."""
-    token = get_token()
-    text = text.replace(token, "…") if token else text
-    return re.sub(r"(?i)\b(bearer) +\S+", r"\1 …", text)

@@ -199,7 +199,7 @@ def public_base(name: str) -> str:
     if not os.path.isdir(name):
         return name
     inside = os.path.relpath(name)
-    return inside if not inside.startswith(os.pardir) else without_home(os.path.abspath(name))
+    return without_home(inside if not inside.startswith(os.pardir) else os.path.abspath(name))
 
 
 def extend_embedding(

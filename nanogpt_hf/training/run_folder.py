@@ -78,7 +78,7 @@ def identity_of(
         "optim": settings.optim,
         "seed": settings.seed,
         "tokens_per_step": tokens_per_step,
-        "document_end": settings.document_end,
+        "document_end": settings.document_end and without_home(settings.document_end),
         **adaptation,
         **base,
     }
@@ -375,10 +375,10 @@ def _without_paths(words: list[str]) -> list[str]:
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         setting = flag.removeprefix("--").replace("-", "_") or setting
-        value = printable(value)
+        value = without_home(printable(value))
         if setting in PATHS and (os.path.isabs(value) or value.startswith(("~", os.pardir))):
             value = os.path.basename(value.rstrip("/\\"))
-        shown.append(flag + equals + value.replace(os.path.expanduser("~"), "~"))
+        shown.append(flag + equals + value)
     return shown
 
 
