@@ -21,7 +21,6 @@ from nanogpt_hf.analysis.planning import (
     check_layout,
     draw_memory,
     fill_layout,
-    find_gpu,
     measure_size,
     plan_budgets,
     plan_layout,
@@ -35,6 +34,7 @@ from nanogpt_hf.common.settings import setting
 from nanogpt_hf.common.tables import table
 from nanogpt_hf.model import find_preset
 from nanogpt_hf.model.loading import make_config
+from nanogpt_hf.training.gpus import find_gpu
 
 BUDGET_COLUMNS = {
     "tokens_by": ("tokens by", "{}"),

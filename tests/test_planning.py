@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from nanogpt_hf import NanoGPTForCausalLM, preset_config
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, preset_config
 from nanogpt_hf.analysis.planning import (
     GPU,
-    GPUS,
     Layout,
     activation_bytes,
     check_layout,
@@ -33,6 +32,7 @@ from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.model import PRESETS, find_preset
 from nanogpt_hf.training import fused_loss
 from nanogpt_hf.training.fused_loss import linear_cross_entropy
+from nanogpt_hf.training.gpus import GPUS, flops_per_token, peak_flops
 from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import make_optimizers
 from nanogpt_hf.training.stepping import accumulate_gradients
@@ -317,3 +317,37 @@ def test_mistakes_get_one_sentence_and_write_nothing(words, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         run(*words.split(), "--output_dir", str(tmp_path / "plan"))
     assert "\n" not in str(error.value) and not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA L40", None),
+        ("Tesla T4", None),
+        ("", None),
+    ],
+)
+def test_the_rate_of_a_gpu_is_known_by_the_name_that_cuda_gives_it(name, tflops):
+    assert peak_flops(name) == (tflops and tflops * 1e12)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_flops_of_a_token_are_those_of_the_plan(architecture):
+    config = NanoGPTConfig(
+        architecture=architecture, n_layer=3, n_head=4, n_embd=64, n_positions=128, vocab_size=500
+    )
+    model = NanoGPTForCausalLM(config)
+    assert flops_per_token(model, 128) == sum(training_flops(measure_size(config), 1).values())
+    model.transformer.wte.weight.requires_grad = False
+    assert flops_per_token(model, 128) is None

@@ -17,50 +17,15 @@ from typing import Any
 import torch
 
 from ..common.errors import UserError
-from ..common.text import nearest
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
 from ..training import fused_loss
+from ..training.gpus import GPU
 
 GIB = 2**30
 GPT3_TOKENS = 300e9  # Brown et al. 2020: every size of theirs
 CHINCHILLA_TOKENS = 20  # a parameter: Hoffmann et al. 2022
 # Of a GPU's memory, for what no tensor of ours is: the CUDA context, NCCL's buffers, fragments of the allocator.
 RESERVED = 0.08
-
-
-@dataclass(frozen=True)
-class GPU:
-    """memory_gib as it is sold; bf16_tflops dense (without sparsity), float32 accumulation, by the vendor's datasheet."""
-
-    memory_gib: float
-    bf16_tflops: float
-
-
-GPUS = {
-    "b200": GPU(180, 2250),
-    "h200": GPU(141, 989),
-    "h100": GPU(80, 989),  # SXM
-    "a100": GPU(80, 312),
-    "a100-40gb": GPU(40, 312),
-    "l40s": GPU(48, 362),
-    "l4": GPU(24, 121),
-    "rtx4090": GPU(24, 165),
-    "rtx3090": GPU(24, 71),
-}
-
-
-def find_gpu(name: str, memory_gib: float | None = None, bf16_tflops: float | None = None) -> GPU:
-    """A GPU of the table, or of any name where both numbers are given; a number given beats the table's.
-
-    Raises:
-        UserError: it is not in the table and a number is missing; the message names the nearest one.
-    """
-    known = GPUS.get(name.lower())
-    if known is None and (memory_gib is None or bf16_tflops is None):
-        near = nearest(name.lower(), GPUS)
-        hint = f"did you mean {near!r}" if near else f"use one of {', '.join(GPUS)}"
-        raise UserError(f"there is no GPU {name!r} here: {hint}, or give --gpu_memory_gib and --gpu_tflops.")
-    return GPU(memory_gib or known.memory_gib, bf16_tflops or known.bf16_tflops)
 
 
 @dataclass(frozen=True)
