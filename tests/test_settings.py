@@ -57,7 +57,7 @@ def test_defaults_may_depend_on_what_was_said():
         (["--learning_rate", "-1"], "must be at least 0"),
         (["--learning_rate", "nan"], "must be at least 0"),
         (["--muon_momentum", "1"], "--muon_momentum is 1.0, it must be at least 0 and less than 1"),
-        (["--architecture", "llama"], "invalid choice"),
+        (["--architecture", "mamba"], "invalid choice"),
         (["--bf16", "--fp16"], "exclude each other"),
         (["--resume_from_checkpoint", "last", "--overwrite_output_dir"], "exclude each other"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
