@@ -121,7 +121,7 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
     row = {
         "seconds_a_step": median(seconds),
         "slowest_step": max(seconds),
-        "tokens_per_s": stepper.batch_size * config.n_positions / median(seconds),
+        "tokens_per_s": objective.tokens_per_step / median(seconds),
         "peak_memory_gib": accelerator.gather(memory).max().item() / 2**30,
         "loss": accelerator.reduce(loss, reduction="sum").item(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

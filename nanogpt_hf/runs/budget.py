@@ -15,15 +15,11 @@ from typing import Any
 from ..data.shards import INDEX, is_shards
 from ..model.presets import Preset, find_preset
 
-LENGTHS = (
-    "max_steps",
-    "train_tokens",
-    "num_train_epochs",
-    "max_minutes",
-)  # settings that say how long a run is
-
-# Tokens a step on one device, for a run of one token: of 8,192, 16,384 and 32,768 tokens the second took the least time to a
-# loss at 0.8, 2 and 11 million tokens of GPT-2's size on an H100.
+# Settings that say how long a run is.
+LENGTHS = ("max_steps", "train_tokens", "num_train_epochs", "max_minutes")
+# Tokens a step on one device, for a run of one token. At GPT-2's size on an H100, of 8,192, 16,384 and 32,768 tokens the
+# second came soonest to its loss, with 0.8 and 2 million tokens, and with 11 million sooner than the third. Longer runs go on
+# from there by the formula.
 BATCH_OF_ONE_TOKEN = 480
 BATCH_GROWTH = 0.47 / 2
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022
@@ -32,8 +28,8 @@ FLOPS_GUESSED = {
     "cuda": 3e14,
     "mps": 3e12,
     "cpu": 1e11,
-}  # a second; ten times too many nearly double the batch
-CHANNELS_PER_HEAD = 128  # as in every published Qwen3; 64 measured worse at this size, and no faster
+}  # a second; a tenth of them would not halve the batch
+CHANNELS_PER_HEAD = 128  # as in every published Qwen3; 64 measured worse at GPT-2's size, and no faster
 
 
 def parameters_of(size: Preset) -> int:
