@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import string
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,27 @@ GO_ON = ("--resume_from_checkpoint", "last")
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+# --- the first seconds ---
+
+
+@pytest.mark.parametrize("recipe", ["pretrain_char", "share"])
+@pytest.mark.parametrize("library", ["yaml", "transformers", "torch"])
+def test_an_interrupt_during_the_imports_is_answered(tmp_path, recipe, library):
+    """The library raises the signal itself, so that it comes at that very moment."""
+    (tmp_path / library).mkdir()
+    raises = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / library / "__init__.py").write_text(raises)
+    words = (
+        [sys.executable, ROOT / "recipes" / f"{recipe}.py", "--model", tmp_path]
+        if recipe != "pretrain_char"
+        else [sys.executable, ROOT / "recipes" / "pretrain_char.py"]
+    )
+    words += ["--output_dir", tmp_path / "out"] if recipe == "share" else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (130, "error: interrupted.\n")
 
 
 # --- nothing is executed ---

@@ -1,0 +1,3 @@
+from .first_seconds import answer_interrupts
+
+answer_interrupts()

@@ -17,6 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 
 from .errors import UserError
+from .first_seconds import leave_interrupts
 from .settings import Settings
 from .text import nearest, printable, without_token
 
@@ -342,6 +343,7 @@ def run_recipe(main: Callable[[], object]) -> None:
 
     A bug keeps its traceback; NANOGPT_HF_DEBUG=1 shows it for the others too.
     """
+    leave_interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a model's Cyrillic prints under any locale
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
