@@ -49,6 +49,14 @@ def measure_verse(
     return row
 
 
+def measure_written(
+    name: str, texts: Sequence[str], form: Form, training_texts: Sequence[str] = ()
+) -> dict[str, str | int | float]:
+    """A row of the table for texts whose first line was given: that line counts for rhyme alone."""
+    written = measure_verse(name, [text.partition("\n")[2] for text in texts], form, training_texts)
+    return written | {"rhyme": measure_verse(name, texts, form)["rhyme"]}
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 

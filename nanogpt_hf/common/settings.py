@@ -341,8 +341,13 @@ class TrainingSettings(RunSettings, ModelSettings, TokenizerSettings):
 
 @dataclass(frozen=True)
 class FinetuningSettings(AdapterSettings, RunSettings):
-    """Settings of fine-tuning: a run's, and those of the adapter, named as in peft's LoraConfig."""
+    """Settings of fine-tuning: a run's, and those of the adapter, named as in peft's LoraConfig.
 
+    Attributes:
+        DECIDES: settings of a kind of tuning that must be the same for a run to go on.
+    """
+
+    DECIDES: ClassVar[tuple[str, ...]] = ()
     RETIRED = (
         *("tokenizer", "vocab_size", "pad_to_multiple_of", "preset", "architecture"),
         *("n_layer", "n_head", "n_embd", "n_inner"),

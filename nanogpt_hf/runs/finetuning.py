@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.settings import FinetuningSettings
+from ..data.conversations import Conversations, add_chat_template
 from ..data.corpora import AnyCorpus
 from ..data.tokenization import extend_tokenizer, load_tokenizer
 from ..model.bases import local_checkpoint
@@ -15,7 +16,14 @@ from ..model.loading import base_sha256, check_vocabulary, context_length
 from ..training.checkpoints import Progress
 from ..training.hardware import device_type
 from ..training.loop import train
-from ..training.lora import add_adapter, describe_trained, extend_embedding, load_base, quantization
+from ..training.lora import (
+    add_adapter,
+    describe_trained,
+    embed_new_tokens,
+    extend_embedding,
+    load_base,
+    quantization,
+)
 from ..training.run_folder import alone_in
 from .pretraining import settle_generation
 from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
@@ -57,7 +65,7 @@ def check_that_others_can_load(settings: FinetuningSettings) -> None:
 
 
 def adapt_base(
-    settings: FinetuningSettings, corpus: AnyCorpus
+    settings: FinetuningSettings, corpus: AnyCorpus | Conversations
 ) -> tuple[PreTrainedTokenizerFast, PreTrainedModel, dict[str, str], list[str]]:
     """The tokenizer, the base as it will train, digests of what stays as it is of it, and what to say of them on the
     first screen.
@@ -71,8 +79,13 @@ def adapt_base(
     tokenizer = load_tokenizer(local_checkpoint(name))
     check_vocabulary(tokenizer, model)
     base = {} if settings.full else base_sha256(model)
-    lines = [format_token_rate("the base's tokenizer", tokenizer, corpus)]
-    new_tokens = []
+    lines, new_tokens = [], []
+    if isinstance(corpus, Conversations):
+        if corpus.chat and (new_tokens := add_chat_template(tokenizer)):
+            embed_new_tokens(model, new_tokens)
+            lines.append(f"chat       new tokens {', '.join(tokenizer.convert_ids_to_tokens(new_tokens))}")
+    else:
+        lines.append(format_token_rate("the base's tokenizer", tokenizer, corpus))
     if settings.extend_vocabulary:
         extended = extend_tokenizer(tokenizer, corpus.train, settings.extend_vocabulary)
         new_tokens = extend_embedding(model, tokenizer, extended)

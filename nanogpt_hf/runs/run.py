@@ -1,7 +1,7 @@
 """The way of every run: what comes before the training loop and after it, whatever makes the model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from ..training.timing import steps_in_time
 from .showing import Showing, sample_base
 
 R = TypeVar("R", bound=RunSettings)
+C = TypeVar("C")
 
 MANY_PASSES = 100
 AGAIN_AND_AGAIN = (
@@ -41,7 +42,20 @@ AGAIN_AND_AGAIN = (
 
 
 def start(settings: RunSettings) -> tuple[Accelerator, AnyCorpus]:
-    """The devices and the text of a run, once it is clear that its trackers and the Hub can be had.
+    """The devices and the text of a run, once it is clear that its trackers and the Hub can be had."""
+    return start_with(
+        settings,
+        lambda: load_corpus(
+            settings.corpus,
+            settings.validation_split_percentage,
+            document_end=settings.document_end,
+            **settings.reading_options(),
+        ),
+    )
+
+
+def start_with(settings: RunSettings, load: Callable[[], C]) -> tuple[Accelerator, C]:
+    """The devices, and what a run reads, loaded by one process first.
 
     Raises:
         UserError: for a user's mistake, before anything is written.
@@ -51,12 +65,7 @@ def start(settings: RunSettings) -> tuple[Accelerator, AnyCorpus]:
     if settings.push_to_hub and accelerator.is_main_process:
         check_push(hub_name(settings), settings.hub_private_repo)
     with accelerator.main_process_first():
-        corpus = load_corpus(
-            settings.corpus,
-            settings.validation_split_percentage,
-            document_end=settings.document_end,
-            **settings.reading_options(),
-        )
+        corpus = load()
     set_seed(settings.seed)
     return accelerator, corpus
 
@@ -163,7 +172,7 @@ def describe(
     corpus: AnyCorpus,
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
-    objective: LanguageModeling,
+    objective: Objective,
     lines: Sequence[str] = (),
 ) -> None:
     """The first screen: what will happen.
@@ -181,7 +190,9 @@ def describe(
         )
     if settings.vector_learning_rate is not None:
         rate += f", of norms and biases {settings.vector_learning_rate:g}"
-    passes = settings.max_steps * objective.tokens_per_step / len(objective.train)
+    passes = 0.0
+    if isinstance(objective, LanguageModeling):
+        passes = settings.max_steps * objective.tokens_per_step / len(objective.train)
     say(
         accelerator,
         *([f"NOTE: {corpus.notice}"] if corpus.notice else []),
@@ -193,8 +204,8 @@ def describe(
         f"{config.num_hidden_layers} layers, {f'{heads} heads, ' if heads else ''}width {config.hidden_size}, context "
         f"{context_length(model)}",
         *lines,
-        f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens, "
-        f"{passes:.3g} times the text; validation every {settings.eval_steps}",
+        f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens"
+        f"{f', {passes:.3g} times the text' if passes else ''}; validation every {settings.eval_steps}",
         *([f"warning: {AGAIN_AND_AGAIN}"] if passes > MANY_PASSES else []),
         f"optimiser  {rate}, warm-up {settings.warmup_steps} steps, then {settings.lr_scheduler_type}",
         f"output     {settings.output_dir}",

@@ -1,9 +1,9 @@
 """The loss over a whole split, and of every token by itself."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class SplitLoss:
     nats: float
     tokens: int
     characters: int
+    more: Mapping[str, float] = field(default_factory=dict)  # measured beside it, for metrics.jsonl
 
     @property
     def loss(self) -> float:

@@ -102,6 +102,7 @@ def train(
             measured = {}
             if log_due or evaluation_due or save_due:
                 measured = log.check(step) | learning_rates(settings, rate_factor(step - 1))
+                measured |= objective.measured()
             if log_due or evaluation_due:
                 log.write(step, **measured, **(evaluate() if evaluation_due else {}))
                 ended |= progress.evaluations_since_best >= patience
@@ -156,7 +157,7 @@ def evaluate_and_note(
     if not math.isfinite(split.loss):
         raise UserError(not_finite("validation loss", progress.step, settings.output_dir))
     note_evaluation(progress, split.loss)
-    return {"eval_loss": split.loss, "eval_bits_per_char": split.bits_per_char}
+    return {"eval_loss": split.loss, "eval_bits_per_char": split.bits_per_char, **split.more}
 
 
 def write_checkpoint(

@@ -225,6 +225,17 @@ def extend_embedding(
     return sorted(new)
 
 
+@torch.no_grad()
+def embed_new_tokens(model: PreTrainedModel, ids: list[int]) -> None:
+    """Give tokens that no text has had yet a row in embedding and head, the mean of all others, and let them be sampled."""
+    if max(ids) >= model.config.vocab_size:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        module.weight[ids] = module.weight[: min(ids)].mean(dim=0)
+    suppressed = {*(model.generation_config.suppress_tokens or [])} - {*ids}
+    model.generation_config.suppress_tokens = sorted(suppressed) or None
+
+
 def describe_trained(model: PreTrainedModel) -> str:
     """What trains: parameters, share, and the memory of weights, gradients and AdamW."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

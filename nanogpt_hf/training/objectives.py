@@ -1,11 +1,12 @@
 """What a step trains on: the batches, and their loss in nats with the number of tokens that it counts.
 
-The loop knows the `Objective` protocol alone. Language modelling on contiguous windows is one.
+The loop knows the `Objective` protocol alone. Language modelling on contiguous windows is one; the others have rooms of
+their own: completions.py, preferences.py, policy_gradient.py.
 
 Shapes: B sequences, T tokens, C channels, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -20,6 +21,21 @@ from .evaluation import SplitLoss, evaluate_split
 from .fused_loss import linear_cross_entropy
 
 Batch = tuple[torch.Tensor, ...]  # of shapes that do not change from step to step
+
+
+class Evaluation(Protocol):
+    """What an objective says of a model. The model with the lowest loss is the best one."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def bits_per_char(self) -> float: ...
+
+    @property
+    def more(self) -> Mapping[str, float]:
+        """What else was measured, by its name in metrics.jsonl."""
+        ...
 
 
 class Objective(Protocol):
@@ -43,12 +59,16 @@ class Objective(Protocol):
         """The batch's summed loss in nats divided by num_items, the count of the whole global batch."""
         ...
 
-    def evaluate(self, model: nn.Module) -> SplitLoss:
+    def evaluate(self, model: nn.Module) -> Evaluation:
         """The loss over the whole validation split. Every process calls it."""
         ...
 
+    def measured(self) -> Mapping[str, float]:
+        """What the newest step's batch says beside its loss, by its name in metrics.jsonl."""
+        return {}
 
-class LanguageModeling:
+
+class LanguageModeling(Objective):
     """Next-token prediction on contiguous windows of a text.
 
     Args:

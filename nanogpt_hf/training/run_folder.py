@@ -33,7 +33,7 @@ MADE_BY_A_RUN = (
     "checkpoints trackers wandb README.md metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
     "model.safetensors adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json "
     "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py samples_before.txt merged progress.json "
-    f"{MANIFEST}"
+    f"chat_template.jinja verse.json verse.md {MANIFEST}"
 ).split()
 PATHS = ("corpus", "validation_file", "tokenizer", "model_name_or_path", "config", *OF_A_START)
 
@@ -67,6 +67,7 @@ def identity_of(
         grouped = {name: getattr(config, name) for name in usual if getattr(config, name) != usual[name]}
     if isinstance(settings, FinetuningSettings):
         adaptation = {name: getattr(settings, name) for name in ADAPTATION}
+        adaptation |= {name: getattr(settings, name) for name in settings.DECIDES}
     return {
         "corpus": corpus.sha256,
         "validation_split_percentage": settings.validation_split_percentage,

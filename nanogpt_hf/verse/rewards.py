@@ -53,20 +53,20 @@ def originality(training_texts: Sequence[str], window: int = 20) -> Reward:
         UserError: no training text is as long as a window.
     """
     known = np.unique(
-        np.concatenate([np.zeros(0, np.uint64), *(_windows(text, window) for text in training_texts)])
+        np.concatenate([np.zeros(0, np.uint64), *(windows(text, window) for text in training_texts)])
     )
     if not known.size:
         raise UserError(f"there is no training text of {window} characters or more to tell copies from.")
 
     def share(text: str) -> float:
-        windows = _windows(text, window)
-        found = known[np.searchsorted(known[:-1], windows)] == windows
+        own = windows(text, window)
+        found = known[np.searchsorted(known[:-1], own)] == own
         return 1.0 - float(found.mean()) if found.size else 1.0
 
     return lambda texts: [share(text) for text in texts]
 
 
-def _windows(text: str, width: int) -> np.ndarray:
+def windows(text: str, width: int) -> np.ndarray:
     """A hash of each `width` characters of a text: a polynomial of its code points, modulo 2**64."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
     count = max(0, len(points) - width + 1)

@@ -1,0 +1,314 @@
+"""Rewards as an objective: a model's own texts, and what their lines are worth (GRPO).
+
+Group relative policy optimisation (Shao et al. 2024, DeepSeekMath, section 4): of several texts for one prompt, each
+is judged by how much better it is than the others, so that no second network has to guess what a prompt is worth.
+Here a token has the advantage of its line (their process supervision, without the sum over later steps: a line's
+metre owes nothing to the lines after it). A batch is used for one update, where the clipped ratio of their formula is
+1 and its gradient that of advantage * log p. The divergence from the model at the start is a penalty in the loss, by
+their estimator exp(d) - d - 1 with d = log p_start - log p. Beside it stands the loss on the text that the base was
+trained on, which holds its knowledge of the language (Ouyang et al. 2022, InstructGPT: PPO-ptx).
+
+Why our own loop, and not TRL's GRPOTrainer with its rollout hook: writing is most of the time, and our decoder, which
+its hook can be given too, writes 30 to 100 times faster than generate; but the hook does not know of lines, and
+resuming there is not exact.
+
+Shapes: B texts, T tokens of the context, V vocabulary.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ..data.token_stream import TokenStream, mix, permute
+from ..data.tokenization import encode
+from ..generation.text import generate_ids
+from ..verse.line_rewards import LineRewards
+from .evaluation import evaluate_split
+from .objectives import Batch, Objective
+
+TEXT_EVERY = 4  # one window of text for so many texts that the model writes
+
+
+class Written(NamedTuple):
+    """Texts for prompts: ids (B P+N) of prompt and continuation, how many of the N count, and the texts.
+
+    lines: the line of the text to which each of the N tokens belongs, B N.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    lines: np.ndarray
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class RewardsEvaluation:
+    """The mean reward on prompts that are not tuned on, and the loss on the validation text."""
+
+    reward: float
+    bits_per_char: float
+    more: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """What is missing to a reward of 1."""
+        return 1 - self.reward
+
+
+class Writer:
+    """Writes texts that begin with given lines, to the end of a stanza.
+
+    Args:
+        lines: of the whole text, the given one among them. It also ends at an empty line or the end-of-text token.
+        max_new_tokens: N at most.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, lines: int, max_new_tokens: int, temperature: float
+    ):
+        self.tokenizer, self.lines = tokenizer, lines
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        self.newlines = np.array([piece.count("\n") for piece in pieces])
+        self.blank = np.array(["\n\n" in piece for piece in pieces])
+        self.begins, self.ends = (
+            np.array([bool(piece) and piece[at] == "\n" for piece in pieces]) for at in (0, -1)
+        )
+        self.blank[tokenizer.eos_token_id] = True
+
+    def encode(self, line: str) -> np.ndarray:
+        """The prompt of a first line: it begins a stanza."""
+        return encode(self.tokenizer, f"\n\n{line}\n")
+
+    def by_length(self, lines: Sequence[str]) -> list[np.ndarray]:
+        """The prompts of each length in tokens (N P), since texts are written side by side."""
+        found: dict[int, list[np.ndarray]] = {}
+        for line in lines:
+            ids = self.encode(line)
+            found.setdefault(len(ids), []).append(ids)
+        return [np.stack(found[length]) for length in sorted(found)]
+
+    def __call__(self, model: PreTrainedModel, prompts: np.ndarray, seed: int) -> Written:
+        """Continue prompts of one length (B P), as of `encode`."""
+        P = prompts.shape[1]
+        options = {"temperature": self.temperature, "seed": seed}
+        ids = torch.from_numpy(prompts).long()
+        new, state = [], self._begin(len(prompts))
+        for step in generate_ids(model, ids, self.max_new_tokens, **options):
+            new.append(step.cpu().numpy())
+            state = self._follow(new[-1], *state)
+            if state[0].all():
+                break
+        return self._cut(np.concatenate((prompts, np.stack(new, axis=1)), axis=1), P)
+
+    def _begin(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """After the given line: whether a text is over, its newlines, and whether it ends in one; each B."""
+        return np.zeros(rows, bool), np.ones(rows, int), np.ones(rows, bool)
+
+    def _follow(self, token, over, count, last):
+        """The same after one more token (B)."""
+        count = count + self.newlines[token]
+        over = over | self.blank[token] | (self.begins[token] & last) | (count >= self.lines)
+        return over, count, self.ends[token]
+
+    def _cut(self, ids: np.ndarray, P: int) -> Written:
+        new = ids[:, P:]
+        over, count, last = self._begin(len(ids))
+        lengths, lines = np.zeros(len(ids), int), np.zeros(new.shape, int)
+        for place in range(new.shape[1]):
+            lines[:, place] = count
+            lengths += ~over
+            over, count, last = self._follow(new[:, place], over, count, last)
+        rows = [row[2 : P + length] for row, length in zip(ids, lengths, strict=True)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return Written(ids, lengths, lines, [text.strip("\n") for text in texts])
+
+
+class GroupRelativePolicy(Objective):
+    """GRPO on texts that begin with given lines.
+
+    Args:
+        model: as it is at the start, on its device; the batches are written by it with the weights of that time.
+        prompts, held_out: first lines, to tune on and to evaluate on.
+        train, validation: the text that the base was trained on.
+        batch_size: texts of the global batch.
+        group: texts for one prompt.
+        beta: weight of the divergence from the start. text_coef: weight of the loss on the text.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
+        write: Writer,
+        rewards: LineRewards,
+        prompts: Sequence[str],
+        held_out: Sequence[str],
+        train: TokenStream,
+        validation: TokenStream,
+        characters: int,
+        *,
+        batch_size: int,
+        group: int,
+        beta: float,
+        text_coef: float,
+        seed: int,
+        eval_texts: int,
+        micro_batch: int,
+    ):
+        self.accelerator, self.model, self.write, self.rewards = accelerator, model, write, rewards
+        self.start = copy.deepcopy(model).requires_grad_(False).eval()
+        # What writes is a copy: not compiled, without dropout, and of half the bytes where autocast computes so too.
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        self.scribe = copy.deepcopy(self.start).to(dtype)
+        self.prompts, self.held_out = write.by_length(prompts), write.by_length(held_out)
+        self.train, self.validation, self.characters = train, validation, characters
+        self.batch_size, self.group, self.seed, self.eval_texts = batch_size, group, seed, eval_texts
+        self.beta, self.text_coef, self.micro_batch = beta, text_coef, micro_batch
+        self.context = model.config.n_positions
+        self.tokens_per_step = batch_size * write.max_new_tokens
+        self.step, self.made, self.newest = -1, None, {}
+
+    def choose(self, step: int, groups: int) -> np.ndarray:
+        """The prompts of a step, groups P: of one length, drawn by how many prompts have it."""
+        place = int(mix(mix(np.uint64(self.seed)) ^ np.uint64(step)) >> np.uint64(1))
+        bounds = np.cumsum([len(prompts) for prompts in self.prompts])
+        prompts = self.prompts[int(np.searchsorted(bounds, place % bounds[-1], side="right"))]
+        order = permute(np.arange(len(prompts)), len(prompts), mix(np.uint64(place)))
+        return prompts[order.astype(int)[np.arange(groups) % len(prompts)]]
+
+    def batch(self, step: int, rows: np.ndarray) -> Batch:
+        if self.step != step:
+            self.step, self.made = step, self._write(step)
+        processes, first = self.accelerator.num_processes, self.accelerator.process_index
+        own = torch.as_tensor((rows - first) // processes, device=self.accelerator.device)
+        text = self.train.batch(self.seed, step, self.batch_size, rows[::TEXT_EVERY])
+        return *(part[own].flatten(0, 1) for part in self.made), *text
+
+    def _write(self, step: int) -> Batch:
+        """What this process writes for a step, in windows of S T: inputs, targets, advantages, log p at the start."""
+        accelerator = self.accelerator
+        count = self.batch_size // accelerator.num_processes
+        prompts = np.repeat(self.choose(step, count // self.group), self.group, axis=0)
+        seed = int(mix(np.uint64(self.seed + 1)) ^ np.uint64(step * accelerator.num_processes)) >> 1
+        written = self.write(self._as_it_is(), prompts, seed + accelerator.process_index)
+        given = self.rewards.by_name(written.texts)
+        worth = self.rewards.combined(given)
+        self.newest = {f"reward_{name}": _mean_without_first(parts) for name, parts in given.items()}
+        self.newest |= {"reward": _mean_without_first(worth), "written_tokens": float(written.lengths.mean())}
+        inputs, targets, advantages = self._windows(
+            written, self._advantages(written, worth), prompts.shape[1]
+        )
+        return inputs, targets, advantages, self._log_p_at_start(inputs, targets)
+
+    @torch.no_grad()
+    def _as_it_is(self) -> PreTrainedModel:
+        """The scribe with the weights of this time."""
+        for own, newest in zip(self.scribe.parameters(), self.model.parameters(), strict=True):
+            own.copy_(newest)
+        return self.scribe
+
+    def _advantages(self, written: Written, worth: Sequence[np.ndarray]) -> np.ndarray:
+        """Of each new token (B N): its line's worth against all lines that were written for the prompt."""
+        advantages = np.zeros(written.lines.shape)
+        for start in range(0, len(worth), self.group):
+            lines = np.concatenate([lines[1:] for lines in worth[start : start + self.group]])
+            mean, std = (lines.mean(), lines.std()) if lines.size else (0.0, 1.0)
+            for row in range(start, start + self.group):
+                of_line = (worth[row] - mean) / (std + 1e-4)
+                advantages[row] = of_line[np.minimum(written.lines[row], len(of_line) - 1)]
+        return advantages
+
+    def _windows(self, written: Written, advantages: np.ndarray, P: int) -> Batch:
+        """The texts as the decoder read them: a full context is halved, and its later half begins the next window.
+
+        Returns:
+            Inputs, targets (-100 where nothing was written) and advantages, each B S T.
+        """
+        T, stride = self.context, self.context + 1 - self.context // 2
+        length = P + self.write.max_new_tokens
+        S = 1 + max(0, -(-(length - T - 1) // stride))
+        room = (S - 1) * stride + T + 1
+        rows, N = advantages.shape
+        ids, targets = np.zeros((rows, room), np.int64), np.full((rows, room), -100)
+        spread = np.zeros((rows, room), np.float32)
+        ids[:, : P + N] = written.ids
+        counts = np.arange(N) < written.lengths[:, None]
+        targets[:, P : P + N] = np.where(counts, written.ids[:, P:], -100)
+        spread[:, P : P + N] = advantages * counts
+        parts = []
+        for window in range(S):
+            place = slice(window * stride + 1, window * stride + T + 1)
+            target, worth = targets[:, place].copy(), spread[:, place].copy()
+            if window:  # the window before has the first ones
+                target[:, : T // 2 - 1], worth[:, : T // 2 - 1] = -100, 0
+            parts.append((ids[:, window * stride :][:, :T], target, worth))
+        device = self.accelerator.device
+        return tuple(torch.from_numpy(np.stack(part, axis=1)).to(device) for part in zip(*parts, strict=True))
+
+    @torch.no_grad()
+    def _log_p_at_start(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        found = torch.empty(inputs.shape, device=inputs.device)
+        for start in range(0, len(inputs), self.micro_batch):
+            part = slice(start, start + self.micro_batch)
+            with self.accelerator.autocast():
+                logits = self.start(input_ids=inputs[part].flatten(0, 1), use_cache=False).logits
+            found[part] = self._log_p(logits, targets[part].flatten(0, 1)).view(found[part].shape)
+        return found
+
+    def _log_p(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """log p(target) (B T) of logits (B T V) at the temperature at which texts are written; 0 without a target."""
+        logits = logits.float() / self.write.temperature
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return -losses.view(targets.shape)
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        return (batch[1] != -100).sum()
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> torch.Tensor:
+        inputs, targets, advantages, at_start, text, next_tokens = batch
+        logits = model(input_ids=torch.cat((inputs, text)), use_cache=False).logits
+        written, on_text = logits.split((len(inputs), len(text)))
+        log_p = self._log_p(written, targets)
+        away = at_start - log_p
+        divergence = away.exp() - away - 1
+        policy = (self.beta * divergence - advantages * log_p).sum() / num_items
+        nats = F.cross_entropy(on_text.flatten(0, 1).float(), next_tokens.flatten(), reduction="sum")
+        windows = self.batch_size // TEXT_EVERY
+        return policy + self.text_coef * nats / (windows * next_tokens.shape[1])
+
+    def measured(self) -> dict[str, float]:
+        return self.newest
+
+    def write_held_out(self, model: PreTrainedModel, write: Writer, texts: int, seed: int) -> list[str]:
+        """About so many texts for the prompts that are not tuned on, as many for each."""
+        each = max(1, round(texts / sum(map(len, self.held_out))))
+        batches = [np.repeat(prompts, each, axis=0) for prompts in self.held_out]
+        return [text for prompts in batches for text in write(model, prompts, seed).texts]
+
+    def evaluate(self, model: nn.Module) -> RewardsEvaluation:
+        prompts = max(self.held_out, key=len)  # of the commonest length, so that they are one batch
+        prompts = np.repeat(prompts, -(-self.eval_texts // len(prompts)), axis=0)
+        texts = self.write(self._as_it_is(), prompts, self.seed).texts
+        given = self.rewards.by_name(texts)
+        split = evaluate_split(model, self.validation, self.characters, 64, self.accelerator)
+        more = {f"eval_reward_{name}": _mean_without_first(parts) for name, parts in given.items()}
+        return RewardsEvaluation(
+            _mean_without_first(self.rewards.combined(given)),
+            split.bits_per_char,
+            more | {"eval_text_loss": split.loss},
+        )
+
+
+def _mean_without_first(lines: Sequence[np.ndarray]) -> float:
+    """Mean over all lines but each text's first, which was given."""
+    written = np.concatenate([part[1:] for part in lines])
+    return float(written.mean()) if written.size else 0.0

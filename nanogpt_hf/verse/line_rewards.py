@@ -1,0 +1,208 @@
+"""Rewards line by line: each line of a text is worth a number, so that what a line did well is not lost in its poem."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..common.errors import UserError
+from .rewards import Reward, line_count, load_reward, windows
+from .scansion import Form, scan
+
+OF_FORM = ("metre", "rhyme", "lines")  # what a form says of a text
+GUARDS = ("originality", "variety", "spelling")
+LineReward = Callable[
+    [Sequence[str]], list[np.ndarray]
+]  # a number for each line (split at newlines) of each text
+
+
+class Scanned(NamedTuple):
+    """A text's lines (split at newlines): from 0 to 1 of each, whether it is in metre and whether it rhymes."""
+
+    metre: np.ndarray
+    rhyme: np.ndarray
+
+
+def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
+    """Metre and rhyme of each line. Both lines of a pair that rhymes do; a line of no pair never does.
+
+    Pairs that rhyme with one another too share the worth of one: a stanza all on one rhyme fits any scheme.
+    """
+    found = []
+    for text, poem in zip(texts, scan(texts, form), strict=True):
+        scanned = Scanned(*np.zeros((2, text.count("\n") + 1)))
+        for number, line in zip(poem.numbers, poem.lines, strict=True):
+            scanned.metre[number] = line.in_metre
+        rhymed = [pair for pair in poem.pairs if pair.rhymed]
+        sounds = [poem.lines[pair.first].ending.sounds for pair in rhymed]
+        for pair, own in zip(rhymed, sounds, strict=True):
+            alike = sum(not own.isdisjoint(other) for other in sounds)
+            scanned.rhyme[[poem.numbers[pair.first], poem.numbers[pair.second]]] = 1 / alike
+        found.append(scanned)
+    return found
+
+
+class Scanner:
+    """`scan_lines` in as many processes as are given; 0 is this one.
+
+    A word that no text had before goes through the model of stresses: a core reads some 2,000 of them per second.
+    """
+
+    def __init__(self, form: Form, processes: int = 0):
+        self.form, self.processes, self.pool = form, processes, None
+        if processes:
+            self.pool = ProcessPoolExecutor(
+                processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+            )
+
+    def __call__(self, texts: Sequence[str]) -> list[Scanned]:
+        if self.pool is None:
+            return scan_lines(texts, self.form)
+        parts = [texts[start :: self.processes] for start in range(self.processes)]
+        found: list[Scanned | None] = [None] * len(texts)
+        for start, part in enumerate(self.pool.map(scan_lines, parts, [self.form] * len(parts))):
+            found[start :: self.processes] = part
+        return found
+
+
+def originality_by_line(training_texts: Sequence[str], window: int = 20) -> LineReward:
+    """Share of the windows of so many characters that end in a line and that no training text holds.
+
+    Raises:
+        UserError: no training text is as long as a window.
+    """
+    hashes = [windows(text, window) for text in training_texts]
+    known = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
+    if not known.size:
+        raise UserError(f"there is no training text of {window} characters or more to tell copies from.")
+
+    def shares(text: str) -> np.ndarray:
+        own = windows(text, window)
+        copied = np.zeros(len(text) + 1)
+        copied[window : window + len(own)] = known[np.searchsorted(known[:-1], own)] == own
+        ends = np.cumsum([len(line) + 1 for line in text.split("\n")])
+        parts = np.split(copied, ends[:-1])
+        return np.array([1 - part.mean() if part.size else 1.0 for part in parts])
+
+    return lambda texts: [shares(text) for text in texts]
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without what stands between them: no sign makes an old word a new one."""
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+def variety_by_line(texts: Sequence[str]) -> list[np.ndarray]:
+    """Of each line, how new its pairs of words are to the texts together, times how new its long words are to its text.
+
+    A pair that occurs n times is worth 1 / n, so that the sum over all pairs is the number of different ones: what
+    distinct-2 counts (Li et al. 2016). A word of four letters or more that its text repeats m times is worth 1 / m.
+    """
+    lines = [[words_of(line) for line in text.split("\n")] for text in texts]
+    pairs = Counter(pair for text in lines for line in text for pair in pairwise(line))
+    found = []
+    for text in lines:
+        long = Counter(word for line in text for word in line if len(word) > 3)
+        found.append(
+            np.array([_mean_of_shares(pairs, pairwise(line)) * _mean_of_shares(long, line) for line in text])
+        )
+    return found
+
+
+def _mean_of_shares(counts: Counter, things: Iterable) -> float:
+    """The mean of 1 / count over the things that were counted; 1 without any."""
+    shares = [1 / counts[thing] for thing in things if thing in counts]
+    return sum(shares) / len(shares) if shares else 1.0
+
+
+def spelling_by_line(training_texts: Sequence[str]) -> LineReward:
+    """Share of a line's words that some training text has: against words that are made up to fit."""
+    known = {word for text in training_texts for word in words_of(text)}
+
+    def share(line: str) -> float:
+        words = words_of(line)
+        return sum(word in known for word in words) / max(1, len(words))
+
+    return lambda texts: [np.array([share(line) for line in text.split("\n")]) for text in texts]
+
+
+def on_every_line(reward: Reward) -> LineReward:
+    """A reward of whole texts, given to each of their lines."""
+
+    def shared(texts: Sequence[str]) -> list[np.ndarray]:
+        return [
+            np.full(text.count("\n") + 1, value) for text, value in zip(texts, reward(texts), strict=True)
+        ]
+
+    return shared
+
+
+@dataclass
+class LineRewards:
+    """Several rewards as one: their mean by weight, times each of the guards.
+
+    weights: name -> weight; metre, rhyme, lines, or a function of a text as module:function.
+    guards: of `GUARDS`. What they give 0, as originality a copy, is worth 0, however good it is otherwise.
+    processes: that scan; 0 is this one.
+
+    Raises UserError for an unknown name, or for weights that are not above 0.
+    """
+
+    form: Form
+    weights: Mapping[str, float]
+    guards: Sequence[str] = GUARDS
+    training_texts: Sequence[str] = field(default=(), repr=False)
+    processes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.weights or min(self.weights.values()) <= 0:
+            raise UserError(f"the weights of the rewards are {dict(self.weights)}: each must be above 0.")
+        for name in self.weights:
+            if name not in OF_FORM and ":" not in name:
+                raise UserError(
+                    f"the reward {name!r} is none of {', '.join(OF_FORM)}, and not module:function either."
+                )
+        if unknown := set(self.guards) - set(GUARDS):
+            raise UserError(f"the guard {min(unknown)!r} is none of {', '.join(GUARDS)}.")
+        self.scan = Scanner(self.form, self.processes)
+        self.others = {name: on_every_line(load_reward(name)) for name in self.weights if ":" in name}
+        if "lines" in self.weights:
+            self.others["lines"] = on_every_line(line_count(self.form))
+        if "originality" in self.guards:
+            self.others["originality"] = originality_by_line(self.training_texts)
+        if "variety" in self.guards:
+            self.others["variety"] = variety_by_line
+        if "spelling" in self.guards:
+            self.others["spelling"] = spelling_by_line(self.training_texts)
+
+    def by_name(self, texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
+        """What each reward gives each line of each text."""
+        found = {name: reward(texts) for name, reward in self.others.items()}
+        if {"metre", "rhyme"} & self.weights.keys():
+            found |= dict(zip(Scanned._fields, map(list, zip(*self.scan(texts), strict=True)), strict=True))
+        return found
+
+    def combined(self, given: Mapping[str, Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """One number for each line of what `by_name` returned."""
+        total = sum(self.weights.values())
+        worth = [
+            sum(weight / total * lines for weight, lines in zip(self.weights.values(), parts, strict=True))
+            for parts in zip(*(given[name] for name in self.weights), strict=True)
+        ]
+        for name in self.guards:
+            worth = [lines * guard for lines, guard in zip(worth, given[name], strict=True)]
+        return worth
+
+
+def spare_cores() -> int:
+    """Processes that can scan beside the one that trains; with two cores or fewer none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(12, cores - 2) if cores > 2 else 0

@@ -1,0 +1,444 @@
+"""The second stage: what completions, preferences and rewards count, and that each run goes on exactly."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf.common.cli import parse
+from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.tuning_settings import CompletionSettings, PreferenceSettings, RewardSettings
+from nanogpt_hf.data.conversations import (
+    add_chat_template,
+    encode_row,
+    load_conversations,
+    render,
+)
+from nanogpt_hf.data.tokenization import train_char_tokenizer
+from nanogpt_hf.training.completions import Completions, PackedWindows, pack
+from nanogpt_hf.training.policy_gradient import GroupRelativePolicy, Writer
+from nanogpt_hf.training.preferences import Pairs, Preferences, log_p
+from nanogpt_hf.training.stepping import accumulate_gradients
+
+ROWS = [
+    {"prompt": f"What is {a} and {b}?\n", "completion": f"It is {a + b}." * (1 + a % 3)}
+    for a in range(6)
+    for b in range(5)
+]
+TEXT = "".join(row["prompt"] + row["completion"] for row in ROWS) + "<abcdefghijklmnopqrstuvwxyz>"
+
+
+def make(tokenizer, context=64, architecture="modern"):
+    torch.manual_seed(0)
+    config = NanoGPTConfig(
+        architecture=architecture,
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        n_positions=context,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    model = NanoGPTForCausalLM(config)
+    model.generation_config.suppress_tokens = list(range(len(tokenizer), config.vocab_size))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_char_tokenizer([TEXT])
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer):
+    model = make(tokenizer)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def of_rows(tokenizer, rows, T=64):
+    examples = [encode_row(tokenizer, row) for row in rows]
+    return examples, PackedWindows(examples, T, tokenizer.eos_token_id, torch.device("cpu"), "rows")
+
+
+# --- completions ---
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_packed_completions_lose_what_transformers_says_of_each_alone(tokenizer, architecture):
+    model, accelerator = make(tokenizer, architecture=architecture).eval(), Accelerator(cpu=True)
+    examples, windows = of_rows(tokenizer, ROWS[:12])
+    assert len(windows) < len(examples)  # there are several in a window
+    objective = Completions(accelerator, windows, windows, len(windows), 0, 1)
+    batch = windows.take(np.arange(len(windows)))
+    packed = accumulate_gradients(accelerator, model, objective, [batch])
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(e.ids) for e in examples], batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(
+        [torch.from_numpy(np.where(e.learned, e.ids, -100)) for e in examples], True, -100
+    )
+    padded = model(input_ids=ids, labels=labels).loss
+    padded.backward()
+    torch.testing.assert_close(packed, padded.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradients, [p.grad for p in model.parameters()], atol=1e-5, rtol=1e-4)
+    assert objective.evaluate(model).loss == pytest.approx(padded.item(), abs=1e-5)
+
+
+def test_accumulated_windows_are_the_whole_batch(tokenizer):
+    accelerator, results = Accelerator(cpu=True), []
+    _, windows = of_rows(tokenizer, ROWS)
+    for size in (8, 3):
+        model = make(tokenizer)
+        objective = Completions(accelerator, windows, windows, 8, 0, 1)
+        rows = np.arange(8)
+        batches = [objective.batch(5, rows[start : start + size]) for start in range(0, 8, size)]
+        loss = accumulate_gradients(accelerator, model, objective, batches)
+        results.append((loss, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-7)
+
+
+def test_an_epoch_sees_every_window_once(tokenizer):
+    _, windows = of_rows(tokenizer, ROWS)
+    objective = Completions(Accelerator(cpu=True), windows, windows, 1, 7, 1)
+    seen = [tuple(objective.batch(step, np.arange(1))[0][0].tolist()) for step in range(2 * len(windows))]
+    one, two = seen[: len(windows)], seen[len(windows) :]
+    assert sorted(one) == sorted(two) == sorted(tuple(row) for row in windows.tensors[0].tolist())
+    assert one != two
+
+
+def test_no_room_is_overfull_and_nothing_is_lost():
+    lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
+    plan = pack(lengths, 50)
+    assert sorted(number for room in plan for number in room) == list(range(200))
+    assert max(sum(lengths[number] for number in room) for room in plan) <= 50
+    assert len(plan) <= 1.1 * sum(lengths) / 50
+
+
+def test_what_is_longer_than_the_context_is_cut_and_counted(tokenizer):
+    rows = [{"prompt": "a", "completion": "b" * 100}, {"prompt": "a" * 100, "completion": "b"}]
+    _, windows = of_rows(tokenizer, rows)
+    assert (windows.cut, windows.left_out, len(windows)) == (1, 1, 1)
+    with pytest.raises(UserError, match="longer context"):
+        of_rows(tokenizer, rows[1:])
+
+
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "one <|assistant|> two?"},
+    {"role": "assistant", "content": "three."},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "four."},
+]
+
+
+def test_a_conversation_is_learned_where_the_assistant_speaks(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    new = add_chat_template(own)
+    assert own.convert_ids_to_tokens(new) == ["<|system|>", "<|user|>", "<|assistant|>"]
+    assert add_chat_template(own) == []
+    ids, learned = encode_row(own, {"messages": CHAT})
+    said = "three.<|endoftext|>four.<|endoftext|>"
+    assert own.decode(ids[learned]) == said
+    assert ids.tolist() == own.apply_chat_template(CHAT, return_dict=False)
+    own.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="writes a conversation anew"):
+        render(own, CHAT)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a"}, "has the columns text"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "one of the assistant's"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages must be"),
+        ({"prompt": "a", "completion": 3}, "no text in 'completion'"),
+        ({"instruction": "", "output": "b"}, "no text in 'instruction'"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path, row, message):
+    path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], row])
+    with pytest.raises(UserError, match=message) as refused:
+        load_conversations(str(path), 10)
+    assert "line 2 of rows.jsonl" in str(refused.value)
+
+
+# --- runs ---
+
+
+def words(base, corpus, folder, *more):
+    return [
+        *(
+            "--model_name_or_path",
+            str(base),
+            "--corpus",
+            str(corpus),
+            "--output_dir",
+            str(folder),
+            "--use_cpu",
+        ),
+        *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--eval_steps", "3"),
+        *("--max_steps", "6", "--save_steps", "3", "--save_total_limit", "9", "--logging_steps", "1"),
+        *("--torch_compile", "false", *more),
+    ]
+
+
+def digests(folder):
+    files = sorted((folder / "checkpoints" / "step-6").glob("*.safetensors"))
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in [*files, folder / files[0].name]]
+
+
+def in_two_parts(run, settings, base, corpus, tmp_path, *more):
+    """A run that was stopped after step 3 and went on ends in the weights of one that was not."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(parse(settings, "", words(base, corpus, whole, *more)))
+    run(parse(settings, "", words(base, corpus, parts, *more)))
+    shutil.rmtree(parts / "checkpoints" / "step-6")
+    run(parse(settings, "", words(base, corpus, parts, *more, "--resume_from_checkpoint", "last")))
+    assert digests(whole) == digests(parts)
+    return whole
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+@pytest.mark.parametrize("adapter", [(), ("--full", "false")], ids=["full", "lora"])
+def test_completions_resume_exactly_and_load_anywhere(base, tmp_path, adapter):
+    from nanogpt_hf.runs.tuning import tune_completions
+
+    rows = [{"instruction": row["prompt"].strip(), "output": row["completion"]} for row in ROWS]
+    corpus = write_rows(tmp_path / "chat.jsonl", rows)
+    folder = in_two_parts(tune_completions, CompletionSettings, base, corpus, tmp_path, *adapter)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.apply_chat_template(CHAT[1:2], add_generation_prompt=True, return_dict=False)) \
+        == "<|user|>one <|assistant|> two?<|assistant|>"  # fmt: skip
+    if not adapter:
+        answer = pipeline("text-generation", str(folder))(CHAT[1:2], max_new_tokens=5)[0]["generated_text"]
+        assert answer[-1]["role"] == "assistant"
+
+
+def test_the_marks_of_the_roles_are_trained(base, tmp_path):
+    from nanogpt_hf.runs.tuning import tune_completions
+
+    corpus = write_rows(
+        tmp_path / "chat.jsonl",
+        [{"instruction": row["prompt"], "output": row["completion"]} for row in ROWS],
+    )
+    for adapter in ((), ("--full", "false")):
+        folder = tmp_path / ("full" if not adapter else "lora")
+        tune_completions(
+            parse(CompletionSettings, "", words(base, corpus, folder, "--learning_rate", "1e-2", *adapter))
+        )
+        from nanogpt_hf.model.loading import load_model_and_tokenizer
+
+        model, tokenizer = load_model_and_tokenizer(str(folder))
+        rows = model.get_input_embeddings().weight
+        mark = tokenizer.convert_tokens_to_ids("<|assistant|>")
+        mean = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight[: mark - 2].mean(0)
+        assert not torch.allclose(rows[mark], mean, atol=1e-3)
+
+
+# --- preferences ---
+
+
+def of_pairs(tokenizer, count=12):
+    both = [
+        tuple(encode_row(tokenizer, {"prompt": row["prompt"], "completion": text}) for text in (row["completion"], "No!"))
+        for row in ROWS[:count]
+    ]  # fmt: skip
+    return Pairs(both, 64, tokenizer.eos_token_id, torch.device("cpu"), "pairs"), both
+
+
+def test_the_loss_of_preferences_is_the_paper_s(tokenizer):
+    accelerator, start, model = Accelerator(cpu=True), make(tokenizer), make(tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    pairs, both = of_pairs(tokenizer)
+    pairs.remember(start, 5)
+
+    def alone(network, example):
+        ids, learned = torch.from_numpy(example.ids), torch.from_numpy(example.learned)
+        logs = network(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        return logs[learned[1:]].sum()
+
+    losses = []
+    with torch.no_grad():
+        for chosen, rejected in both:
+            ratio = (
+                alone(model, chosen) - alone(start, chosen) - alone(model, rejected) + alone(start, rejected)
+            )
+            losses.append(-F.logsigmoid(0.3 * ratio))
+    objective = Preferences(accelerator, pairs, pairs, 12, 0, 0.3, 1)
+    batch = objective.batch(0, np.arange(12))
+    found = objective.loss(model, batch, objective.count(batch))
+    torch.testing.assert_close(found.detach(), torch.stack(losses).mean(), atol=1e-5, rtol=0)
+    assert objective.evaluate(model).loss == pytest.approx(found.item(), abs=1e-5)
+    assert objective.evaluate(start).loss == pytest.approx(np.log(2), abs=1e-6)
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+def test_preferences_resume_exactly_and_are_learned(base, tmp_path):
+    from nanogpt_hf.runs.tuning import tune_preferences
+
+    rows = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "No!"} for row in ROWS]
+    corpus = write_rows(tmp_path / "pairs.jsonl", rows)
+    more = ("--learning_rate", "1e-2", "--warmup_steps", "0")
+    folder = in_two_parts(tune_preferences, PreferenceSettings, base, corpus, tmp_path, *more)
+    measured = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [row for row in measured if "eval_accuracy" in row]
+    assert evaluated[0]["step"] == 0 and evaluated[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert evaluated[-1]["eval_accuracy"] == 1.0 and evaluated[-1]["eval_loss"] < 0.5
+    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "nanogpt"
+
+
+def test_log_p_is_of_the_learned_tokens_alone(tokenizer):
+    model = make(tokenizer).eval()
+    pairs, _ = of_pairs(tokenizer, 2)
+    inputs, targets = pairs.tensors
+    nothing = torch.full_like(targets, -100)
+    assert log_p(model, inputs, nothing).abs().max() == 0
+    assert (log_p(model, inputs, targets) < 0).all()
+
+
+# --- rewards ---
+
+
+class Letters:
+    """A stand-in for the scanner: a line is worth its share of small letters."""
+
+    def by_name(self, texts):
+        return {
+            "a": [
+                np.array(
+                    [
+                        sum("a" <= sign <= "z" for sign in line) / max(1, len(line))
+                        for line in text.split("\n")
+                    ]
+                )
+                for text in texts
+            ]
+        }
+
+    def combined(self, given):
+        return given["a"]
+
+
+def rewards_objective(tokenizer, model, context=64, lines=4, N=40, **more):
+    from nanogpt_hf.data.token_stream import TokenStream
+
+    accelerator = Accelerator(cpu=True)
+    text = TokenStream(tokenizer(TEXT, return_tensors="np").input_ids[0], context)
+    options = dict(batch_size=16, group=8, beta=0.0, text_coef=0.0, seed=3, eval_texts=8, micro_batch=16)
+    write = Writer(tokenizer, lines, N, 1.0)
+    return GroupRelativePolicy(
+        accelerator, model, write, Letters(), ["an apple", "the cat ", "long ago, there"], ["an apple"],
+        text, text, len(TEXT), **options | more,
+    )  # fmt: skip
+
+
+def test_a_text_ends_at_its_lines_an_empty_line_or_the_end_of_text(tokenizer):
+    write = Writer(tokenizer, 3, 12, 1.0)
+    prompt = write.encode("ab")
+    texts = ["cd\nef\nghijkl", "cd\n\nefghijkl", "cdefg<|endoftext|>ijklmn"[:5] + "ijklmno", "\nabcdefghijk"]
+    ids = np.stack([tokenizer(text).input_ids for text in texts])
+    ids[2, 5] = tokenizer.eos_token_id
+    written = write._cut(np.concatenate((np.tile(prompt, (4, 1)), ids), axis=1), len(prompt))
+    assert written.lengths.tolist() == [6, 4, 6, 1]
+    assert written.texts == ["ab\ncd\nef", "ab\ncd", "ab\ncdefg", "ab"]
+    assert written.lines[0, :6].tolist() == [1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("context", [64, 24])
+def test_the_windows_hold_each_written_token_once_with_the_past_that_the_decoder_had(tokenizer, context):
+    model = make(tokenizer, context).eval()
+    objective = rewards_objective(tokenizer, model, context)
+    inputs, targets, advantages, at_start = objective._write(0)
+    B, S, T = inputs.shape
+    assert T == context and (S > 1) == (context == 24)
+    prompts = np.repeat(objective.choose(0, 2), 8, axis=0)
+    from nanogpt_hf.data.token_stream import mix
+
+    seed = int(mix(np.uint64(4)) ^ np.uint64(0)) >> 1
+    written = objective.write(model, prompts, seed)
+    P = prompts.shape[1]
+    for row in range(B):
+        counted = targets[row][targets[row] != -100].tolist()
+        assert counted == written.ids[row, P : P + written.lengths[row]].tolist()
+    # What the start thought of them is what the same network thinks now.
+    own = objective._log_p(model(input_ids=inputs.flatten(0, 1)).logits, targets.flatten(0, 1))
+    torch.testing.assert_close(own.view(at_start.shape), at_start, atol=1e-5, rtol=1e-4)
+    assert (advantages[targets == -100] == 0).all()
+
+
+def test_the_gradient_is_that_of_advantage_times_log_p(tokenizer):
+    model = make(tokenizer)
+    objective = rewards_objective(tokenizer, model)
+    batch = objective.batch(0, np.arange(16))
+    objective.loss(model, batch, objective.count(batch)).backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    inputs, targets, advantages, *_ = batch
+    logs = model(input_ids=inputs).logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    counted = targets != -100
+    (-(advantages * logs)[counted].sum() / counted.sum()).backward()
+    torch.testing.assert_close(found, [p.grad for p in model.parameters()], atol=1e-6, rtol=1e-4)
+
+
+def test_divergence_is_nothing_at_the_start_and_grows(tokenizer):
+    model = make(tokenizer)
+    objective = rewards_objective(tokenizer, model, beta=1.0)
+    batch = objective.batch(0, np.arange(16))
+    flat = (*batch[:2], torch.zeros_like(batch[2]), *batch[3:])
+    assert objective.loss(model, flat, objective.count(batch)).abs() < 1e-6
+    with torch.no_grad():
+        model.transformer.wte.weight += 0.05 * torch.randn_like(model.transformer.wte.weight)
+    assert objective.loss(model, flat, objective.count(batch)) > 1e-3
+
+
+def test_what_is_rewarded_becomes_likelier(tokenizer):
+    torch.manual_seed(0)
+    model = make(tokenizer)
+    objective = rewards_objective(tokenizer, model, batch_size=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = objective.evaluate(model).reward
+    for step in range(20):
+        batch = objective.batch(step, np.arange(32))
+        objective.loss(model, batch, objective.count(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert objective.evaluate(model).reward > 2 * before
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+def test_rewards_resume_exactly(base, tmp_path, monkeypatch):
+    from nanogpt_hf.runs.tuning import tune_rewards
+
+    pytest.importorskip("pronouncing", reason="pronouncing is not installed (extra verse)")
+    (tmp_path / "joy.py").write_text("def joy(text):\n    return text.count('a') / len(text)\n")
+    monkeypatch.chdir(tmp_path)
+    stanza = "The cat\nThe dog\nThe hat\nThe fog\n\n"
+    poems = [stanza.replace("The", word) for word in ("A", "One", "My", "No", "This", "That", "Each", "Our")]
+    corpus = tmp_path / "poems.txt"
+    corpus.write_text("".join(poems * 5) + TEXT)
+    more = ("--reward", "joy:joy", "--guards", "variety", "--form", "sonnet", "--scheme", "abab")
+    more += ("--num_generations", "4", "--eval_texts", "4", "--table_texts", "8", "--reward_processes", "0")
+    folder = in_two_parts(tune_rewards, RewardSettings, base, corpus, tmp_path, *more)
+    assert "before" in (folder / "verse.md").read_text()
