@@ -64,7 +64,7 @@ def as_tiktoken(tokenizer: PreTrainedTokenizerFast) -> tiktoken.Encoding:
 def read(settings: Settings) -> list[str]:
     """Documents of the corpus, as many as hold so many characters; of a long one its stretches."""
     texts, size = [], 0
-    for unit in units(open_source(settings.corpus, settings.text_column), False, 1e-9):
+    for unit in units(open_source(settings.corpus, text_column=settings.text_column), False, 1e-9):
         texts.append(unit.text)
         size += len(unit.text)
         if size >= settings.megacharacters * 1e6:

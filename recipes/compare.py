@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
@@ -23,7 +24,11 @@ from nanogpt_hf.common.files import files_written_whole, written_if_possible
 from nanogpt_hf.common.paths import check_model_name, check_unused
 from nanogpt_hf.common.settings import TextSettings, changed, exclude, setting
 from nanogpt_hf.common.tables import table
+from nanogpt_hf.data.sources import check_corpora
 from nanogpt_hf.common.text import printable
+
+if TYPE_CHECKING:
+    from nanogpt_hf.data.corpora import AnyCorpus
 
 FILES = ("results.md", "results.json", "surprisal.html")
 
@@ -103,7 +108,6 @@ def measure_models(settings: ComparisonSettings) -> None:
         context_of,
         measure,
         measure_samples,
-        percentage_held_out,
         sample_texts,
         short_names,
     )
@@ -125,14 +129,7 @@ def measure_models(settings: ComparisonSettings) -> None:
     text, start = choose_passage(corpus.validation, settings.passage_start, settings.passage_length)
     rows, panels = [], {}
     for name, given in zip(short_names(settings.model), settings.model, strict=True):
-        say(accelerator, f"measuring {name}")
-        held_out = percentage_held_out(given, corpus)
-        if percent == 100 and held_out and not settings.validation_file:
-            say(
-                accelerator,
-                f"NOTE: {name} was trained on this text; --validation_split_percentage {held_out} measures only what "
-                "it has not seen.",
-            )
+        say(accelerator, f"measuring {name}", *known_text(name, given, corpus))
         model, tokenizer = load_model_and_tokenizer(given)
         model.to(accelerator.device)
         row = {"model": name} | measure(
@@ -166,6 +163,19 @@ def measure_models(settings: ComparisonSettings) -> None:
         if settings.output_dir:
             write(settings.output_dir, words, rows, split, text[start:], start, panels)
     accelerator.end_training()
+
+
+def known_text(name: str, model: str, corpus: "AnyCorpus") -> list[str]:
+    """What to say of a model that was trained on some of the text that it is measured on."""
+    from nanogpt_hf.analysis.comparison import percentage_held_out
+
+    held_out = percentage_held_out(model, corpus)
+    if held_out is None or corpus.characters("train"):  # then what is measured was held out
+        return []
+    return [
+        f"NOTE: {name} was trained on this text; --validation_split_percentage {held_out} measures only what it has not "
+        "seen."
+    ]
 
 
 def in_words(split: dict, rows: list[dict]) -> str:
@@ -209,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(ComparisonSettings, __doc__, argv, positional="runs")
     for name in settings.model:
         check_model_name(name)
+    check_corpora(settings.corpus, settings.validation_file)
     if settings.output_dir and not settings.overwrite_output_dir:
         check_unused(settings.output_dir, FILES)
     if settings.runs:

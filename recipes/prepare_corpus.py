@@ -22,7 +22,7 @@ from pathlib import Path
 
 from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.settings import TextSettings, changed, setting, short_name
-from nanogpt_hf.data.sources import check_corpus
+from nanogpt_hf.data.sources import check_corpora
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ def cores() -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(PreparationSettings, __doc__, argv)
-    for name, what in ((settings.corpus, "Corpus"), (settings.validation_file, "--validation_file")):
-        if name is not None:
-            check_corpus(name, what)
+    check_corpora(settings.corpus, settings.validation_file)
     from nanogpt_hf.data.preparation import prepare  # with torch, which takes seconds
 
     started = time.perf_counter()

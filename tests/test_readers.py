@@ -204,4 +204,4 @@ def test_a_folder_says_what_it_does_not_read(tmp_path):
     assert "e.png, f.pyc (not text in UTF-8)" in line
     assert f"c.epub, {os.path.join('x', 'd.html')} (pandoc FILE -t plain -o FILE.txt)" in line
     assert "gone (a link out of the folder or to nothing)" in line
-    assert corpus.reading[0].endswith("135 characters of 2 files (1 .py, 1 .md)")
+    assert corpus.reading[0].endswith("135 characters in 2 files (1 .py, 1 .md)")

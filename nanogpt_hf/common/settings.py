@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .errors import UserError
+from .reading_options import ReadingOptions
 from .recipes import command
 from .text import without_home
 
@@ -110,10 +111,14 @@ class TextSettings(Settings):
         "is ordinary text; tokens: each is the tokenizer's token; text: all are ordinary text",
     )
 
-    def reading_options(self) -> dict[str, Any]:
-        """How the text is read, as `load_corpus` and `prepare` take it."""
-        names = ("text_column", "validation_file", "keep_carriage_returns", "special_tokens_in_text")
-        return {name: getattr(self, name) for name in names}
+    def reading_options(self) -> ReadingOptions:
+        """Those of the settings that say how the text is read, as `load_corpus` and `prepare` take them."""
+        return {
+            "text_column": self.text_column,
+            "validation_file": self.validation_file,
+            "keep_carriage_returns": self.keep_carriage_returns,
+            "special_tokens_in_text": self.special_tokens_in_text,
+        }
 
 
 @dataclass(frozen=True)

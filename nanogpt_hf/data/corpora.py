@@ -3,19 +3,26 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Unpack
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
+from ..common.reading_options import USUAL_READING, ReadingOptions
 from ..common.text import readable, without_home
 from .documents import documents_ended_by, hold_out
-from .first_screen import line_on_special_tokens, lines_on_files, lines_on_text
+from .first_screen import (
+    line_on_special_tokens,
+    lines_on_files,
+    lines_on_text,
+    misfit,
+    special_tokens_spelt,
+)
 from .shards import is_shards, open_shards
-from .sources import Source, SpecialTokens, open_source
+from .sources import Source, open_source
 from .token_stream import MappedIds
-from .tokenization import encode_documents, make_tokenizer, misfit, special_tokens_spelt
+from .tokenization import encode_documents, make_tokenizer
 
 
 class AnyCorpus(Protocol):
@@ -114,12 +121,8 @@ class Corpus:
 def load_corpus(
     corpus: str,
     validation_split_percentage: int = 10,
-    text_column: str = "text",
     document_end: str | None = None,
-    *,
-    validation_file: str | None = None,
-    keep_carriage_returns: bool = False,
-    special_tokens_in_text: SpecialTokens = "document_ends",
+    **options: Unpack[ReadingOptions],
 ) -> AnyCorpus:
     """Read a named corpus, a file, folder or glob, or a Hub id "org/name:config".
 
@@ -131,41 +134,21 @@ def load_corpus(
         validation_split_percentage: of the characters at the end of each file (of many files, whole ones), where
             nothing else says what is held out: neither validation_file, nor files named train and validation (or
             test), nor such splits of a dataset. 100 leaves nothing to train on.
-        text_column: of the formats with rows.
         document_end: a regular expression, after every match of which a document ends; no character is lost, and
             the split is where it is without it.
-        validation_file: a file, folder or glob that is held out, all of it.
-        keep_carriage_returns: read CRLF and CR as they are, and not as one newline.
-        special_tokens_in_text: "document_ends": a line that is nothing but <|endoftext|> ends a document; "tokens":
-            every special token of the tokenizer that the text spells is the token; "text": all is ordinary text.
+        options: how the text is read.
 
     Raises:
         UserError: there is no such corpus or text, in one sentence.
     """
+    options = {**USUAL_READING, **options}
     if is_shards(corpus):
-        given = [
-            ("document_end", document_end is not None),
-            ("text_column", text_column != "text"),
-            ("validation_split_percentage", validation_split_percentage != 10),
-            ("validation_file", validation_file is not None),
-            ("keep_carriage_returns", keep_carriage_returns),
-            ("special_tokens_in_text", special_tokens_in_text != "document_ends"),
-        ]
-        for name in (name for name, is_set in given if is_set):
-            raise UserError(
-                f"--{name} is set, but {corpus} holds shards, which were cut before: leave it out."
-            )
+        _refuse_options(corpus, validation_split_percentage, document_end, options)
         return open_shards(corpus)
     percent = validation_split_percentage
     if not isinstance(percent, int) or not 1 <= percent <= 100:
         raise UserError(f"validation_split_percentage must be a whole number from 1 to 100, not {percent!r}.")
-    found = open_source(
-        corpus,
-        text_column,
-        validation_file=validation_file,
-        keep_carriage_returns=keep_carriage_returns,
-        special_tokens_in_text=special_tokens_in_text,
-    )
+    found = open_source(corpus, **options)
     splits, sha256 = _read(corpus, found, percent)
     if document_end:
         splits = {name: documents_ended_by(texts, document_end) for name, texts in splits.items()}
@@ -180,8 +163,19 @@ def load_corpus(
         found.notice,
         _sha256(splits["validation"]) if found.split_is_new else None,
         _reading(without_home(corpus), found, splits),
-        special_tokens_in_text == "tokens",
+        options["special_tokens_in_text"] == "tokens",
     )
+
+
+def _refuse_options(corpus: str, percent: int, document_end: str | None, options: ReadingOptions) -> None:
+    """Raises UserError where something is asked for that shards, which are tokens already, cannot give."""
+    changed = [name for name, usual in USUAL_READING.items() if options.get(name) != usual]
+    changed += ["document_end"] * (document_end is not None)
+    changed += ["validation_split_percentage"] * (percent != 10)
+    if changed:
+        raise UserError(
+            f"--{changed[0]} is set, but {corpus} holds shards, which were cut before: leave it out."
+        )
 
 
 def _read(corpus: str, found: Source, percent: int) -> tuple[dict[str, list[str]], str]:

@@ -1,7 +1,11 @@
 """What a run says of its text before it begins: what is read, held out, left out, and how."""
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from .documents import END_OF_TEXT
 from .readers import Reading, kind_of
@@ -55,3 +59,37 @@ def line_on_special_tokens(spelt: Counter[str], as_tokens: bool) -> str:
         f"warning: the text spells special tokens of the tokenizer, {shown}{more}, and they are read as ordinary text; "
         "--special_tokens_in_text tokens makes them the tokens."
     )
+
+
+def special_tokens_spelt(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Counter[str]:
+    """How often the documents spell each special token of the tokenizer."""
+    special = [
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content
+    ]
+    if not special:
+        return Counter()
+    # Of two that begin alike the longer one is meant.
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    return Counter(match for document in documents for match in pattern.findall(document))
+
+
+def misfit(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, characters: int) -> str | None:
+    """What to say of a tokenizer that cannot spell a text well; None for one that can.
+
+    Args:
+        ids: of the text.
+        characters: of the text.
+    """
+    unknown = tokenizer.unk_token_id
+    lost = 0 if unknown in (None, tokenizer.eos_token_id) else np.count_nonzero(ids == unknown) / len(ids)
+    if lost > 0.001:
+        return (
+            f"the tokenizer has no token for {lost:.1%} of the text, which is lost: train one on it, with --tokenizer "
+            "char or bpe or by recipes/train_tokenizer.py."
+        )
+    if len(ids) > 1.05 * characters:
+        return (
+            f"the tokenizer takes {len(ids) / characters:.2f} tokens per character of this text: --tokenizer char takes "
+            "one, bpe and recipes/train_tokenizer.py learn from the text, and fine-tuning has --extend_vocabulary."
+        )
+    return None

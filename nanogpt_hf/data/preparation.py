@@ -11,12 +11,14 @@ from fractions import Fraction
 from itertools import chain, count, islice
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
+from ..common.reading_options import USUAL_READING, ReadingOptions
 from ..common.text import without_home
 from .documents import split_at_the_end
 from .first_screen import lines_on_files, lines_on_text
@@ -24,7 +26,7 @@ from .named_corpora import NAMES
 from .parallel_encoding import Encoder, Task, Unit, encode_tasks
 from .shard_writing import AGAIN, SplitWriter, State, begin, commit, finish
 from .shards import FORMAT, SPLITS, read_index, vocabulary_sha256, width_of
-from .sources import Source, SpecialTokens, open_source
+from .sources import Source, open_source
 from .token_stream import mix
 from .tokenization import load_tokenizer, pieces
 
@@ -108,15 +110,12 @@ def prepare(
     tokenizer_name: str,
     output_dir: str,
     *,
-    text_column: str = "text",
     validation_split_percentage: float = 0.05,
-    validation_file: str | None = None,
-    keep_carriage_returns: bool = False,
-    special_tokens_in_text: SpecialTokens = "document_ends",
     shard_tokens: int = 10**8,
     num_proc: int = 1,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    **options: Unpack[ReadingOptions],
 ) -> dict[str, Any]:
     """Make the shards, or go on making them, and return their index.
 
@@ -124,7 +123,8 @@ def prepare(
         tokenizer_name: a folder or a Hub id.
         num_proc: processes that tokenise.
         overwrite: replace the shards in the folder.
-        say: called with lines on what is read and how. The other arguments are those of `load_corpus`.
+        say: called with lines on what is read and how.
+        options: how the text is read.
 
     Raises:
         UserError: the corpus, the tokenizer or the folder cannot be used, or the folder holds other shards.
@@ -135,35 +135,12 @@ def prepare(
             f"{tokenizer_name} --corpus {corpus}, and give the folder that it makes."
         )
     tokenizer, folder = load_tokenizer(tokenizer_name), Path(output_dir)
-    source = open_source(
-        corpus,
-        text_column,
-        validation_file=validation_file,
-        keep_carriage_returns=keep_carriage_returns,
-        special_tokens_in_text=special_tokens_in_text,
-    )
-    if corpus in NAMES and validation_file is None:
+    options = {**USUAL_READING, **options}
+    source = open_source(corpus, **options)
+    if corpus in NAMES and options["validation_file"] is None:
         _keep_named_split(source)
-    about = {
-        "format": FORMAT,
-        "corpus": {"name": without_home(corpus), **{key: getattr(source, key) for key in OF_A_SOURCE}},
-        "text_column": text_column,
-        "source_size": source.size,
-        "vocabulary_sha256": vocabulary_sha256(tokenizer),
-        "vocab_size": len(tokenizer),
-        "dtype": width_of(len(tokenizer)).str,
-        "shard_tokens": shard_tokens,
-        "validation_split": "its own"
-        if "validation" in source.splits
-        else f"{validation_split_percentage:g}%",
-        # None stands for what is usual, as it does in an index that does not name them.
-        "validation_file": without_home(validation_file) if validation_file else None,
-        "keep_carriage_returns": keep_carriage_returns or None,
-        "special_tokens_in_text": None
-        if special_tokens_in_text == "document_ends"
-        else special_tokens_in_text,
-    }
-    encoder = Encoder(tokenizer, width_of(len(tokenizer)), special_tokens_in_text == "tokens")
+    about = _about(corpus, tokenizer, source, options, shard_tokens, validation_split_percentage)
+    encoder = Encoder(tokenizer, width_of(len(tokenizer)), options["special_tokens_in_text"] == "tokens")
     stream = units(source, encoder.encode_text is None, validation_split_percentage)
     first = next(stream, None)
     if first is None:
@@ -182,6 +159,32 @@ def prepare(
     for line in lines_on_text(source.reading):
         say(line)
     return index
+
+
+def _about(
+    corpus: str,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source,
+    options: ReadingOptions,
+    shard_tokens: int,
+    percent: float,
+) -> dict[str, Any]:
+    """What all shards of a folder have in common, as their index says it."""
+    # None stands for what is usual, as it does in an index that does not name them.
+    unusual = {name: value if USUAL_READING.get(name) != value else None for name, value in options.items()}
+    if options["validation_file"]:
+        unusual["validation_file"] = without_home(options["validation_file"])
+    return unusual | {
+        "format": FORMAT,
+        "corpus": {"name": without_home(corpus), **{key: getattr(source, key) for key in OF_A_SOURCE}},
+        "text_column": options["text_column"],
+        "source_size": source.size,
+        "vocabulary_sha256": vocabulary_sha256(tokenizer),
+        "vocab_size": len(tokenizer),
+        "dtype": width_of(len(tokenizer)).str,
+        "shard_tokens": shard_tokens,
+        "validation_split": "its own" if "validation" in source.splits else f"{percent:g}%",
+    }
 
 
 def _keep_named_split(source: Source) -> None:

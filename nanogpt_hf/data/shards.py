@@ -19,8 +19,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
+from .first_screen import misfit
 from .token_stream import MappedIds
-from .tokenization import load_tokenizer, misfit
+from .tokenization import load_tokenizer
 
 INDEX = "index.json"
 PROGRESS = "progress.json"  # of shards in the making

@@ -5,19 +5,19 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from huggingface_hub import HfApi, constants, errors
 
 from ..common.errors import UserError
 from ..common.paths import nearest_path
+from ..common.reading_options import USUAL_READING, ReadingOptions
 from ..common.text import first_line, nearest
 from .documents import cut_at_marks, with_plain_newlines
 from .named_corpora import NAMES, named_text
 from .readers import CONVERSIONS, READERS, Reading, Text, column_of, kind_of, read_file, texts, why_unread
 
 Documents = Iterable[Text]
-SpecialTokens = Literal["document_ends", "tokens", "text"]
 
 _NEVER_A_HUB_ID = (*READERS, *CONVERSIONS, ".text", ".md", ".gz")
 # Words in the name of a file or folder that say which split it is.
@@ -57,28 +57,23 @@ class Source:
     reading: Reading = field(default_factory=Reading)
 
 
-def open_source(
-    corpus: str,
-    text_column: str = "text",
-    *,
-    validation_file: str | None = None,
-    keep_carriage_returns: bool = False,
-    special_tokens_in_text: SpecialTokens = "document_ends",
-) -> Source:
+def open_source(corpus: str, **options: Unpack[ReadingOptions]) -> Source:
     """Find a corpus, without reading more of it than is asked for. The arguments are those of `load_corpus`.
 
     Raises:
         UserError: there is no such corpus; or, when it is read, no such text.
     """
+    options = {**USUAL_READING, **options}
+    text_column, validation_file = options["text_column"], options["validation_file"]
     reading = Reading()
     if validation_file is None:
         source = _find(corpus, text_column, reading)
     else:
         source = _find_both(corpus, validation_file, text_column, reading)
     for split, files in source.splits.items():
-        if not keep_carriage_returns:
+        if not options["keep_carriage_returns"]:
             files = [with_plain_newlines(documents, reading) for documents in files]
-        if special_tokens_in_text == "document_ends":
+        if options["special_tokens_in_text"] == "document_ends":
             files = [cut_at_marks(documents, reading) for documents in files]
         source.splits[split] = files
     return source
@@ -134,6 +129,13 @@ def _find(
 
 def _is_pattern(part: str) -> bool:
     return any(sign in part for sign in "*?[")
+
+
+def check_corpora(corpus: str | None, validation_file: str | None) -> None:
+    """Raises UserError where one of the two is given and is not there."""
+    for name, what in ((corpus, "Corpus"), (validation_file, "--validation_file")):
+        if name is not None:
+            check_corpus(name, what)
 
 
 def check_corpus(corpus: str, what: str = "Corpus") -> None:

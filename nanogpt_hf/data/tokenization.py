@@ -342,40 +342,6 @@ def encode_documents(
     return np.concatenate([np.zeros(0, dtype=np.int32), *[part for ids in each for part in (end, ids)][1:]])
 
 
-def special_tokens_spelt(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Counter[str]:
-    """How often the documents spell each special token of the tokenizer."""
-    special = [
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content
-    ]
-    if not special:
-        return Counter()
-    # Of two that begin alike the longer one is meant.
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-    return Counter(match for document in documents for match in pattern.findall(document))
-
-
-def misfit(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, characters: int) -> str | None:
-    """What to say of a tokenizer that cannot spell a text well; None for one that can.
-
-    Args:
-        ids: of the text.
-        characters: of the text.
-    """
-    unknown = tokenizer.unk_token_id
-    lost = 0 if unknown in (None, tokenizer.eos_token_id) else np.count_nonzero(ids == unknown) / len(ids)
-    if lost > 0.001:
-        return (
-            f"the tokenizer has no token for {lost:.1%} of the text, which is lost: train one on it, with --tokenizer "
-            "char or bpe or by recipes/train_tokenizer.py."
-        )
-    if len(ids) > 1.05 * characters:
-        return (
-            f"the tokenizer takes {len(ids) / characters:.2f} tokens per character of this text: --tokenizer char takes "
-            "one, bpe and recipes/train_tokenizer.py learn from the text, and fine-tuning has --extend_vocabulary."
-        )
-    return None
-
-
 def encode_with_spans(
     tokenizer: PreTrainedTokenizerFast, text: str
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:

@@ -12,7 +12,7 @@ from ..common.errors import UserError
 from ..common.files import check_no_writer, damage
 from ..common.paths import check_model_name
 from ..common.settings import OF_A_START, RunSettings
-from ..data.sources import check_corpus
+from ..data.sources import check_corpora
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -38,9 +38,7 @@ def read_settings(cls: type[R], description: str | None, defaults: Callable[[Val
 
 def check_paths(said: Values) -> None:
     """Raises UserError where something that the user has named is not there."""
-    for name, what in (("corpus", "Corpus"), ("validation_file", "--validation_file")):
-        if said.get(name):
-            check_corpus(said[name], what)
+    check_corpora(said.get("corpus") or None, said.get("validation_file") or None)
     for name in ("model_name_or_path", "tokenizer"):
         if said.get(name) and said[name] not in ("char", "bpe"):
             check_model_name(said[name])
