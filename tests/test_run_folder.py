@@ -23,6 +23,7 @@ from test_recipes import run as run_here
 
 from nanogpt_hf.common import files
 from nanogpt_hf.common.files import MANIFEST, delete_left_overs, files_written_whole
+from nanogpt_hf.training.run_folder import command_line
 
 pytest.importorskip("fcntl", reason="signals and kills are sent the POSIX way")
 pytestmark = pytest.mark.faults
@@ -109,12 +110,12 @@ def state_of_the_top(folder: Path) -> tuple[int, float | None]:
 
 def test_of_two_starts_at_once_one_runs_and_the_other_is_told(corpus, tmp_path):
     folder = tmp_path / "run"
-    words = training_words(folder, corpus, "--max_steps", "900")
+    words = training_words(folder, corpus, "--max_steps", "600")
     runs = [Run(words, log=tmp_path / f"{n}.log", **PRETRAIN) for n in range(2)]
     refused, ran = sorted(runs, key=lambda run: run.wait() == 0)
     said = one_sentence(refused)
     assert f"{folder} is being written by process {ran.process.pid} of " in said
-    assert ran.wait() == 0 and [row["step"] for row in metrics(folder)] == list(range(3, 901, 3))
+    assert ran.wait() == 0 and [row["step"] for row in metrics(folder)] == list(range(3, 601, 3))
 
 
 def test_going_on_beside_a_live_run_leaves_it_alone(corpus, tmp_path):
@@ -299,7 +300,7 @@ def test_the_command_is_the_one_that_ran_and_outlives_a_resume(corpus, tmp_path)
         "--eval_steps",
         "5",
     ]
-    said = finished(more, log=tmp_path / "log", ACCELERATE_MIXED_PRECISION="no", **PRETRAIN)
+    said = finished(more, log=tmp_path / "log", **PRETRAIN)
     assert "changed    max_steps from 10 to 20" in said and "changed    eval_steps from 6 to 5" in said
     record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["record"]
     first = f"python recipes/pretrain_char.py --corpus {corpus.name} --output_dir run --architecture qwen3"
@@ -307,12 +308,40 @@ def test_the_command_is_the_one_that_ran_and_outlives_a_resume(corpus, tmp_path)
     (later,) = record["history"]
     assert later["step"] == 10 and later["changed"] == {"max_steps": [10, 20], "eval_steps": [6, 5]}
     assert later["command"].startswith(
-        "accelerate launch recipes/pretrain_char.py --output_dir run --resume_"
+        "python recipes/pretrain_char.py --output_dir run --resume_"
     )
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert first in card and f"# from step 10:\n{later['command']}" in card
     assert str(tmp_path) not in card
     assert metrics(folder)[-1]["step"] == 20 and "n_layer: 1" in card, "what was not said comes from the run"
+
+
+@pytest.mark.parametrize(
+    "environment, command",
+    [
+        ({}, "python recipes/pretrain_char.py"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch recipes/pretrain_char.py"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"},
+            "accelerate launch --num_processes 2 recipes/pretrain_char.py",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"},
+            "torchrun --nproc_per_node 2 recipes/pretrain_char.py",
+        ),
+    ],
+)
+def test_the_launcher_is_the_one_that_was_used(environment, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", "/home/ann")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    words = (
+        "--corpus=/home/ann/my.txt --corpus ../../x/*.txt --output_dir runs/a --document_end /home/ann/end"
+    )
+    monkeypatch.setattr(sys, "argv", ["recipes/pretrain_char.py", *words.split()])
+    shown = "--corpus=my.txt --corpus '*.txt' --output_dir runs/a --document_end '~/end'"
+    assert command_line() == f"{command} {shown}"
 
 
 def test_settings_that_had_no_effect_are_not_in_the_card(whole, corpus, tmp_path):
@@ -343,10 +372,10 @@ def test_a_hangup_stops_with_a_checkpoint(corpus, tmp_path):
 def test_a_hangup_that_was_ignored_stays_ignored(corpus, tmp_path):
     folder = tmp_path / "run"
     ignore = (signal.signal, signal.SIGHUP, signal.SIG_IGN)
-    run = Run(training_words(folder, corpus, "--max_steps", "200"), prepare=ignore)
+    run = Run(training_words(folder, corpus, "--max_steps", "60"), prepare=ignore)
     run.wait_for(folder / "checkpoints" / "step-10")
     run.signal(signal.SIGHUP)
-    assert run.wait() == 0 and metrics(folder)[-1]["step"] == 200
+    assert run.wait() == 0 and metrics(folder)[-1]["step"] == 60
 
 
 def test_a_terminal_that_is_closed(corpus, tmp_path):

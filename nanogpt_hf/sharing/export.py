@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from ..common.errors import UserError
 from ..common.files import MANIFEST, check_whole, folder_written_whole
+from ..common.text import first_line
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
 from ..model.checking import read_adapter_config
@@ -194,13 +195,13 @@ def _state(folder: Path) -> bytes | None:
 
 
 def _copy_adapter(folder: Path, target: Path, for_others: bool) -> str:
+    check_whole(folder, is_of_a_model)
     base = read_adapter_config(str(folder)).base_model_name_or_path
     if for_others and os.path.isdir(os.path.expanduser(base)):
         raise UserError(
             f"{folder} holds an adapter whose base, {base}, is a folder of this machine: nobody could load it from "
             "the Hub; merge it (--merge)."
         )
-    check_whole(folder, is_of_a_model)
     for file in ADAPTER_FILES:
         if (folder / file).exists():
             shutil.copy(folder / file, target)
@@ -229,7 +230,11 @@ def _export_whole(folder: Path, target: Path, format: str, quantization: str, na
 
 
 def _load_whole(folder: Path) -> PreTrainedModel:
-    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    check_whole(folder, lambda name: name == "config.json")
+    try:
+        kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    except OSError as error:
+        raise UserError(f"{folder} has a config.json that cannot be read: {first_line(error)}.") from error
     if kind in (NanoGPTConfig.model_type, *FAMILIES):
         return load_native(folder)
     return load_causal_lm(str(folder), "auto")
