@@ -15,13 +15,20 @@ from huggingface_hub import HfApi, ModelInfo, constants
 from processes import ROOT, TEXT, write_corpus
 from safetensors.torch import load_file
 
-from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, preset_config
 from nanogpt_hf.common.cli import run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.text import first_line
-from nanogpt_hf.data.tokenization import encode, encode_with_spans, load_tokenizer, train_char_tokenizer
+from nanogpt_hf.data.tokenization import (
+    describe_tokens,
+    encode,
+    encode_with_spans,
+    load_tokenizer,
+    train_bpe_tokenizer,
+    train_char_tokenizer,
+)
 from nanogpt_hf.model.loading import load_causal_lm, load_model_and_tokenizer, load_native
-from nanogpt_hf.sharing.export import export_run
+from nanogpt_hf.sharing.export import export, export_run
 from nanogpt_hf.sharing.hub import check_push, push
 from nanogpt_hf.sharing.model_card import make_card
 
@@ -297,6 +304,44 @@ def test_an_error_that_echoes_the_token_is_printed_without(token, capsys):
         assert said.startswith("error: ") and "Client Error" in said and "hf_" not in said
 
 
+# --- a base that is a folder ---
+
+
+@pytest.mark.parametrize(
+    "facts", [{"model_type": "gpt2"}, None], ids=["noted by its run", "of an earlier version"]
+)
+def test_a_folder_is_never_published_as_a_hub_id(model, facts, tmp_path, monkeypatch):
+    """Whatever lies where one stands at that moment."""
+    (model / "run.yaml").write_text(
+        yaml.safe_dump({"model_name_or_path": "runs/base", "record": {"base": facts, "corpus": CORPUS}})
+    )
+    monkeypatch.chdir(tmp_path)
+    card = make_card(model, name="ann/thing")
+    assert card.data.base_model is None and "runs/base" not in str(card) and "`base`" in str(card)
+
+
+def test_an_adapter_on_a_folder_is_not_shared_from_anywhere(adapter, tmp_path, monkeypatch, capsys):
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="runs/base")
+    (adapter / "run.yaml").write_text(
+        yaml.safe_dump({"model_name_or_path": "runs/base", "record": {"base": {"model_type": "nanogpt"}}})
+    )
+    monkeypatch.chdir(tmp_path)
+    assert "runs/base, is a folder" in refusal(
+        lambda: export_run(adapter, tmp_path / "out", name="ann/thing")
+    )
+    monkeypatch.setattr(sys, "argv", ["share.py", "--model", str(adapter), "--output_dir", "out"])
+    recipe("share")["main"]()
+    assert "NOTE: it is an adapter on the folder runs/base" in capsys.readouterr().out
+
+
+def test_the_lines_of_a_card_work_where_it_lies(model, monkeypatch, capsys):
+    edit_json(model / "generation_config.json", max_length=SIZES["n_positions"])  # as every run writes it
+    block = re.search("```python\n(.*?)```", make_card(model).text, re.S)[1]
+    monkeypatch.chdir(model)
+    exec(block.replace("trust_remote_code=True", ""), {})  # nanogpt_hf is imported here
+    assert capsys.readouterr().out.strip()
+
+
 # --- run.yaml and metrics.jsonl ---
 
 CORPUS = {"name": "text.txt", "source": "a file", "sha256": "0" * 64}
@@ -336,3 +381,35 @@ def test_a_loss_that_is_no_number_is_not_told(model, value):
     (model / "metrics.jsonl").write_text(f'{{"step": 1, "eval_loss": {value}, "train_loss": {value}}}\n')
     (model / "run.yaml").write_text(yaml.safe_dump({"record": {"corpus": CORPUS}}))
     assert "## Result" not in make_card(model).text
+
+
+# --- who may read what is written ---
+
+
+def test_the_weights_are_read_by_whom_the_umask_lets(saved, tmp_path):
+    export_run(saved, tmp_path / "shared", "nanogpt")
+    export(*load_model_and_tokenizer(str(saved)), tmp_path / "exported")
+    (tmp_path / "other").touch()
+    for folder in ("shared", "exported"):
+        assert (tmp_path / folder / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+# --- numbers that are explained ---
+
+
+def test_the_plan_of_a_small_preset_has_its_vocabulary(capsys):
+    """10.7M is what README says of baby: with a character vocabulary, as pretrain_char.py trains it."""
+    recipe("plan")["main"](["--preset", "baby"])
+    said = capsys.readouterr().out
+    parameters = int(re.search(r"([\d,]+) parameters", said)[1].replace(",", ""))
+    config = preset_config("baby", architecture="gpt2", vocab_size=384)
+    assert parameters == NanoGPTForCausalLM(config).num_parameters() and 10.5e6 < parameters < 11e6
+    assert "a vocabulary of 384 tokens, a text's characters" in said
+
+
+def test_the_tokens_of_a_character_tokenizer_are_explained():
+    assert (
+        describe_tokens(train_char_tokenizer(["abc"]))
+        == "260 tokens: 3 characters, 256 bytes that spell all others, and 1 special"
+    )
+    assert describe_tokens(train_bpe_tokenizer(["to be or not to be"], 260)) == "260 tokens"
