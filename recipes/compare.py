@@ -8,7 +8,7 @@
 
 Run folders alone give a table of them, sorted by validation loss, with the settings in which they differ. A --model is
 a run folder, any causal language model's folder, a peft adapter or a Hub id, each with its own tokenizer, and is measured
-anew. --output_dir gets the table (results.md), the same and more as results.json, and surprisal.html: a page that
+anew. The first token is predicted too, from the end-of-text token, as lm-eval does: every byte is paid for. --output_dir gets the table (results.md), the same and more as results.json, and surprisal.html: a page that
 colours each character by what it costs the models.
 """
 

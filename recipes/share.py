@@ -24,7 +24,7 @@ from typing import Literal
 from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import setting
-from nanogpt_hf.sharing.export import export_run
+from nanogpt_hf.sharing.export import base_of, export_run
 from nanogpt_hf.sharing.hub import check_push, push, push_space
 from nanogpt_hf.sharing.nanogpt_import import GPT2_TOKENIZER, import_nanogpt
 from nanogpt_hf.sharing.space import write_space
@@ -94,6 +94,11 @@ def main() -> None:
             quantization=settings.quantization,
         )
         tell(f"written to {settings.output_dir}")
+        if (Path(settings.output_dir) / "adapter_config.json").exists() and base_of(Path(settings.model))[1]:
+            base = base_of(Path(settings.model))[0]
+            tell(
+                f"NOTE: it is an adapter on the folder {base}, without which nobody can use it; --merge writes both as one."
+            )
     if settings.page:
         write_page(settings.model, settings.page)
         tell(
@@ -101,9 +106,9 @@ def main() -> None:
         )
     if settings.space:
         write_space(settings.model, settings.space)
-        print(f"a Space in {settings.space}; start it here: python {Path(settings.space) / 'app.py'}")
+        tell(f"a Space in {settings.space}; start it here: python {Path(settings.space) / 'app.py'}")
     if settings.push_to_hub:
-        print(f"shared at {push_space(settings.space, name, private=settings.hub_private_repo)}")
+        tell(f"shared at {push_space(settings.space, name, private=settings.hub_private_repo)}")
     elif settings.hub_model_id:
         options = {
             "private": settings.hub_private_repo,

@@ -352,6 +352,7 @@ def write_run(
     samples="KING:\nWhat say you?\n",
     corpus_name="tiny_shakespeare",
     command="--max_steps 20",
+    base=None,
     **settings,
 ):
     """A run folder as far as a card looks at it."""
@@ -368,6 +369,7 @@ def write_run(
         },
         "command": f"accelerate launch recipes/pretrain_char.py {command}",
         "versions": {"torch": "2.13.0"},
+        "base": base,
     }
     values = {"corpus": corpus_name, "tokenizer": "char", "learning_rate": 0.003, "max_steps": 20} | settings
     (folder / "run.yaml").write_text(yaml.safe_dump(values | {"record": record}), encoding="utf-8")
@@ -383,7 +385,10 @@ def write_run(
 
 
 def test_a_card_says_what_was_trained_on_what_and_how_to_load_it(tmp_path):
-    folder = write_run(tmp_path / "mine", model_name_or_path="openai-community/gpt2")
+    name = "openai-community/gpt2"
+    folder = write_run(
+        tmp_path / "mine", model_name_or_path=name, base={"model_type": "gpt2", "hub_id": name}
+    )
     model, tokenizer = make("gpt2")
     export(model, tokenizer, folder, "nanogpt")
     write_card(folder)
@@ -408,7 +413,7 @@ def test_a_card_says_what_was_trained_on_what_and_how_to_load_it(tmp_path):
         "learning_rate: 0.003",
         "recipes/pretrain_char.py --max_steps 20",
         "What say you?",
-        'pipeline("text-generation", "mine", trust_remote_code=True)',
+        '# in this folder\nfrom transformers import pipeline\n\ngenerate = pipeline("text-generation", ".", trust_remote_code=True)',
     ):
         assert said in card.text, said
     export_run(folder, tmp_path / "plain", name="user/model")

@@ -297,6 +297,44 @@ def test_an_error_that_echoes_the_token_is_printed_without(token, capsys):
         assert said.startswith("error: ") and "Client Error" in said and "hf_" not in said
 
 
+# --- a base that is a folder ---
+
+
+@pytest.mark.parametrize(
+    "facts", [{"model_type": "gpt2"}, None], ids=["noted by its run", "of an earlier version"]
+)
+def test_a_folder_is_never_published_as_a_hub_id(model, facts, tmp_path, monkeypatch):
+    """Whatever lies where one stands at that moment."""
+    (model / "run.yaml").write_text(
+        yaml.safe_dump({"model_name_or_path": "runs/base", "record": {"base": facts, "corpus": CORPUS}})
+    )
+    monkeypatch.chdir(tmp_path)
+    card = make_card(model, name="ann/thing")
+    assert card.data.base_model is None and "runs/base" not in str(card) and "`base`" in str(card)
+
+
+def test_an_adapter_on_a_folder_is_not_shared_from_anywhere(adapter, tmp_path, monkeypatch, capsys):
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="runs/base")
+    (adapter / "run.yaml").write_text(
+        yaml.safe_dump({"model_name_or_path": "runs/base", "record": {"base": {"model_type": "nanogpt"}}})
+    )
+    monkeypatch.chdir(tmp_path)
+    assert "runs/base, is a folder" in refusal(
+        lambda: export_run(adapter, tmp_path / "out", name="ann/thing")
+    )
+    monkeypatch.setattr(sys, "argv", ["share.py", "--model", str(adapter), "--output_dir", "out"])
+    recipe("share")["main"]()
+    assert "NOTE: it is an adapter on the folder runs/base" in capsys.readouterr().out
+
+
+def test_the_lines_of_a_card_work_where_it_lies(model, monkeypatch, capsys):
+    edit_json(model / "generation_config.json", max_length=SIZES["n_positions"])  # as every run writes it
+    block = re.search("```python\n(.*?)```", make_card(model).text, re.S)[1]
+    monkeypatch.chdir(model)
+    exec(block.replace("trust_remote_code=True", ""), {})  # nanogpt_hf is imported here
+    assert capsys.readouterr().out.strip()
+
+
 # --- run.yaml and metrics.jsonl ---
 
 CORPUS = {"name": "text.txt", "source": "a file", "sha256": "0" * 64}

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from ..common.errors import UserError
 from ..common.files import MANIFEST, check_whole, folder_written_whole
+from ..common.paths import is_hub_id
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
 from ..model.checking import read_adapter_config
@@ -24,7 +25,7 @@ from ..model.loading import (
 )
 from ..training.lora import load_merged
 from .gguf import export_gguf
-from .model_card import make_card
+from .model_card import make_card, read_run
 from .onnx import add_onnx, check_onnx
 
 DERIVED = ("gguf", "onnx")  # made of the plain format
@@ -181,7 +182,7 @@ def export_run(
             written = _copy_adapter(folder, staging, for_others=name is not None)
         else:
             written = _export_whole(folder, staging, format, quantization, title)
-        make_card(folder, weights=staging, format=written, name=title).save(staging / "README.md")
+        make_card(folder, weights=staging, format=written, name=name, title=title).save(staging / "README.md")
         if (folder / "loss_curve.png").exists():
             shutil.copy(folder / "loss_curve.png", staging)
         if _state(folder) != before:
@@ -193,9 +194,20 @@ def _state(folder: Path) -> bytes | None:
     return (folder / MANIFEST).read_bytes() if (folder / MANIFEST).exists() else None
 
 
+def base_of(folder: Path) -> tuple[str, bool]:
+    """What an adapter calls its base, and whether that is a folder: as its run has noted when it began, for a name such as
+    runs/base is a Hub id from where there is no such folder; of an adapter from elsewhere, as seen from here."""
+    base, record = (
+        read_adapter_config(str(folder)).base_model_name_or_path,
+        read_run(folder / "run.yaml").get("record"),
+    )
+    facts = (record or {}).get("base")
+    return base, not facts.get("hub_id") if facts else not is_hub_id(base)
+
+
 def _copy_adapter(folder: Path, target: Path, for_others: bool) -> str:
-    base = read_adapter_config(str(folder)).base_model_name_or_path
-    if for_others and os.path.isdir(os.path.expanduser(base)):
+    base, is_folder = base_of(folder)
+    if for_others and is_folder:
         raise UserError(
             f"{folder} holds an adapter whose base, {base}, is a folder of this machine: nobody could load it from "
             "the Hub; merge it (--merge)."

@@ -83,6 +83,7 @@ def make_card(
     weights: Path | None = None,
     format: str | None = None,
     name: str | None = None,
+    title: str | None = None,
 ) -> ModelCard:
     """The card of a model, from what its run has left; what is not there is left out.
 
@@ -92,18 +93,20 @@ def make_card(
         shown: where its loss curve and samples lie; by default with it.
         weights: where the weights lie that the card goes with; by default with the model.
         format: of these weights; by default nanogpt, or adapter where there is one.
-        name: what the card's lines load, a Hub id; by default the run folder's name.
+        name: what the card's lines load, a Hub id; by default the folder that the card lies in.
+        title: by default the name, or that of the run folder.
 
     Raises:
         UserError: run.yaml cannot be read.
     """
     model = model or run
     shown, weights = shown or model, weights or model
-    name = name or run.resolve().name
+    title = title or name or run.resolve().name
     settings = read_run(run / "run.yaml")
     record = settings.pop("record", None) or {}
     corpus = record.get("corpus") or {}
     base, base_facts = settings.get("model_name_or_path"), record.get("base") or {}
+    base_name = base and (base if base_facts.get("hub_id") == base else Path(base).name)
     config = (
         json.loads((model / "config.json").read_text(encoding="utf-8"))
         if (model / "config.json").exists()
@@ -122,21 +125,24 @@ def make_card(
         pipeline_tag="text-generation",
         tags=["nanogpt_hf", *([config["architecture"]] if "architecture" in config else [])],
         datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source") or "") or None,
-        base_model=base_facts.get("hub_id") if base_facts else base if base and _is_hub_id(base) else None,
-        model_name=printable(name),
+        base_model=base_facts.get("hub_id"),
+        model_name=printable(title),
         eval_results=_results(corpus_name, best, rows) if corpus and "eval_loss" in best else None,
         **_license(base_facts.get("license") or corpus.get("license")),
     )
     body = [
-        f"# {_plain_words(name.split('/')[-1])}",
-        _opening_words(format, config, model if format == "gguf" else weights, corpus_name, base),
+        f"# {_plain_words(title.split('/')[-1])}",
+        _opening_words(format, config, model if format == "gguf" else weights, corpus_name, base_name),
     ]
-    on_base = _base_fields(base, base_facts, settings) if format == "adapter" else {}
-    body += ["## Use", _loading_block(weights, name, format, samples, on_base)]
+    on_base = _base_fields(base_name, base_facts, settings) if format == "adapter" else {}
+    body += ["## Use", _loading_block(weights, name or ".", format, samples, on_base)]
     if format == "onnx":
-        body += ["In a browser, or in Node.js:", _fenced(_javascript_lines(name, weights, samples), "js")]
+        body += [
+            "In a browser, or in Node.js:",
+            _fenced(_javascript_lines(name or title, weights, samples), "js"),
+        ]
     if base_facts:
-        body += ["## Base", _base_words(last_part(base), base_facts)]
+        body += ["## Base", _base_words(base_name, base_facts)]
     if corpus:
         body += ["## Corpus", _corpus_words(corpus)]
     if best:
@@ -144,7 +150,7 @@ def make_card(
         if (shown / "loss_curve.png").exists():
             body += ["![loss over the steps](loss_curve.png)"]
     if settings:
-        body += ["## Settings", _fenced(_settings_words(settings, record.get("identity")), "yaml")]
+        body += ["## Settings", _fenced(_settings_words(settings, base_name, record.get("identity")), "yaml")]
     if record.get("command"):
         body += ["The command that made it:", _fenced(_commands_words(record), "bash")]
     if record.get("versions"):
@@ -250,14 +256,14 @@ def _opening_words(format: str, config: dict, folder: Path, corpus_name: str | N
             f"width {config['n_embd']}, context {config['n_positions']} tokens"
         )
     if corpus_name:
-        words += f"; {f'fine-tuned from {_code(last_part(base))}' if base else 'trained from scratch'} on {_code(corpus_name)}"
+        words += f"; {f'fine-tuned from {_code(base)}' if base else 'trained from scratch'} on {_code(corpus_name)}"
     return words + "."
 
 
 def _base_fields(base: str, facts: dict, settings: dict) -> dict[str, str]:
     """How an adapter's card loads its base: by the Hub's name where it has one, else by that of its folder."""
     return {
-        "base": json.dumps(facts.get("hub_id") or last_part(base), ensure_ascii=False),
+        "base": json.dumps(facts.get("hub_id") or base, ensure_ascii=False),
         "trust": ", trust_remote_code=True" if facts.get("model_type") == "nanogpt" else "",
         "resize": "model.resize_token_embeddings(len(tokenizer))\n"
         if settings.get("extend_vocabulary")
@@ -286,7 +292,8 @@ def _loading_block(target: Path, name: str, format: str, samples: str, on_base: 
         file = next(target.glob("*.gguf")).name
         short = file.rpartition("-")[0].lower()
         return _fenced(LLAMA_CPP.format(file=file, name=short, prompt=shlex.quote(printable(prompt))), "bash")
-    lines = LOADING[format if format in LOADING else "plain"].format(
+    here = "# in this folder\n" if name == "." else ""
+    lines = here + LOADING[format if format in LOADING else "plain"].format(
         name=json.dumps(name, ensure_ascii=False), **on_base
     )
     lines += f'print(generate({json.dumps(prompt, ensure_ascii=False)})[0]["generated_text"])'
@@ -320,13 +327,13 @@ def _corpus_words(corpus: dict) -> str:
     return "\n".join(lines)
 
 
-def _settings_words(settings: dict, identity: object) -> str:
+def _settings_words(settings: dict, base: str | None, identity: object) -> str:
     """The settings that had an effect, and how many tokens a step took on all devices."""
     shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [], "")}
     if settings.get("optim") != "muon":
         shown = {name: value for name, value in shown.items() if not name.startswith("muon_")}
     shown = {
-        "tokenizer": last_part(settings.get("tokenizer") or settings.get("model_name_or_path") or "")
+        "tokenizer": last_part(settings["tokenizer"]) if settings.get("tokenizer") else base or ""
     } | shown
     if isinstance(identity, dict) and "tokens_per_step" in identity:
         shown["tokens_per_step"] = identity["tokens_per_step"]

@@ -78,7 +78,7 @@ def import_nanogpt(
         suppress_padding(words, model)
     with files_written_whole(Path(target), manifest=True) as staging:
         export(model, words, staging, "nanogpt")
-        make_card(staging, name=Path(target).resolve().name).save(staging / "README.md")
+        make_card(staging, title=Path(target).resolve().name).save(staging / "README.md")
     return model
 
 
