@@ -53,6 +53,9 @@ LAYOUT_COLUMNS = {
     "verdict": ("fits", "{}"),
     "largest_batch_size": ("largest micro-batch that fits", "{:,}"),
 }
+CHARACTERS = (
+    384  # tokens: those of a text in one alphabet, 256 bytes, the end of text, in whole multiples of 64
+)
 CONFIG_FIELDS = ("n_kv_head", "vocab_size", "n_positions")
 
 
@@ -109,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         find_gpu(settings.gpu, settings.gpu_memory_gib, settings.gpu_tflops),
     )
     fields = {name: value for name in CONFIG_FIELDS if (value := getattr(settings, name))}
+    fields = ({} if preset.vocab_size else {"vocab_size": CHARACTERS}) | fields
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
     config = make_config(settings.preset, architecture=settings.architecture, **fields, **dropouts)
     sizes = {name: getattr(settings, name) for name in LAYOUT_SIZES if getattr(settings, name) is not None}
@@ -132,8 +136,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [plan_layout(size, layout, gpu, *batch) for layout in layouts]
     budgets = plan_budgets(size, settings.gpus, gpu, settings.mfu, batch_tokens)
     title = f"{settings.preset} ({settings.architecture}, {size.parameters:,} parameters) on {settings.gpus:,} {settings.gpu}"
+    vocabulary = f", a vocabulary of {CHARACTERS} tokens, a text's characters"
+    vocabulary = vocabulary if preset.vocab_size is None and not settings.vocab_size else ""
     batch_words = f"micro-batches of {settings.per_device_train_batch_size} x {config.n_positions:,} tokens"
-    tell(f"{title}\n{config.n_layer} layers, {config.n_head} heads, width {config.n_embd:,}; {batch_words}")
+    tell(
+        f"{title}\n{config.n_layer} layers, {config.n_head} heads, width {config.n_embd:,}{vocabulary}; {batch_words}"
+    )
     if preset.learning_rate:
         tell(f"published: {preset.batch_tokens:,} tokens a step, learning rate {preset.learning_rate:g}")
     tell(f"\nAt {settings.mfu:.0%} of {gpu.bf16_tflops:g} TFLOP/s a GPU:\n\n{table(budgets, BUDGET_COLUMNS)}")

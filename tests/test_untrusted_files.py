@@ -15,13 +15,20 @@ from huggingface_hub import HfApi, ModelInfo, constants
 from processes import ROOT, TEXT, write_corpus
 from safetensors.torch import load_file
 
-from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, preset_config
 from nanogpt_hf.common.cli import run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.text import first_line
-from nanogpt_hf.data.tokenization import encode, encode_with_spans, load_tokenizer, train_char_tokenizer
+from nanogpt_hf.data.tokenization import (
+    describe_tokens,
+    encode,
+    encode_with_spans,
+    load_tokenizer,
+    train_bpe_tokenizer,
+    train_char_tokenizer,
+)
 from nanogpt_hf.model.loading import load_causal_lm, load_model_and_tokenizer, load_native
-from nanogpt_hf.sharing.export import export_run
+from nanogpt_hf.sharing.export import export, export_run
 from nanogpt_hf.sharing.hub import check_push, push
 from nanogpt_hf.sharing.model_card import make_card
 
@@ -374,3 +381,35 @@ def test_a_loss_that_is_no_number_is_not_told(model, value):
     (model / "metrics.jsonl").write_text(f'{{"step": 1, "eval_loss": {value}, "train_loss": {value}}}\n')
     (model / "run.yaml").write_text(yaml.safe_dump({"record": {"corpus": CORPUS}}))
     assert "## Result" not in make_card(model).text
+
+
+# --- who may read what is written ---
+
+
+def test_the_weights_are_read_by_whom_the_umask_lets(saved, tmp_path):
+    export_run(saved, tmp_path / "shared", "nanogpt")
+    export(*load_model_and_tokenizer(str(saved)), tmp_path / "exported")
+    (tmp_path / "other").touch()
+    for folder in ("shared", "exported"):
+        assert (tmp_path / folder / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+# --- numbers that are explained ---
+
+
+def test_the_plan_of_a_small_preset_has_its_vocabulary(capsys):
+    """10.7M is what README says of baby: with a character vocabulary, as pretrain_char.py trains it."""
+    recipe("plan")["main"](["--preset", "baby"])
+    said = capsys.readouterr().out
+    parameters = int(re.search(r"([\d,]+) parameters", said)[1].replace(",", ""))
+    config = preset_config("baby", architecture="gpt2", vocab_size=384)
+    assert parameters == NanoGPTForCausalLM(config).num_parameters() and 10.5e6 < parameters < 11e6
+    assert "a vocabulary of 384 tokens, a text's characters" in said
+
+
+def test_the_tokens_of_a_character_tokenizer_are_explained():
+    assert (
+        describe_tokens(train_char_tokenizer(["abc"]))
+        == "260 tokens: 3 characters, 256 bytes that spell all others, and 1 special"
+    )
+    assert describe_tokens(train_bpe_tokenizer(["to be or not to be"], 260)) == "260 tokens"

@@ -233,10 +233,15 @@ def _move_files(complete: Path, folder: Path) -> None:
     complete.rmdir()
 
 
+def as_umask_says(path: Path) -> None:
+    """Let others read a file as usual: safetensors lets nobody."""
+    path.chmod(0o666 & ~_UMASK)
+
+
 def _sync_files(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read
+            as_umask_says(path)
             sync(path)
         else:
             sync_folder(path)

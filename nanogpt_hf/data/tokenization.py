@@ -205,6 +205,16 @@ def pieces(text: str, size: int = CHUNK) -> list[str]:
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
+def describe_tokens(tokenizer: PreTrainedTokenizerFast) -> str:
+    """How many tokens there are, and of a tokenizer of characters what they are."""
+    backend, count = tokenizer.backend_tokenizer, f"{len(tokenizer):,} tokens"
+    if _character_encoder(backend) is None:
+        return count
+    plain = backend.get_vocab_size(with_added_tokens=False)
+    special = len(tokenizer) - plain
+    return f"{count}: {plain - 256:,} characters, 256 bytes that spell all others, and {special} special"
+
+
 def _splits_words(backend: Tokenizer) -> bool:
     """Whether it is a BPE that cuts text into words as GPT-2's tokenizer does, before anything else."""
     splitter = backend.pre_tokenizer

@@ -18,6 +18,7 @@ from ..common.recipes import command
 from ..common.settings import RunSettings
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.token_stream import TokenStream
+from ..data.tokenization import describe_tokens
 from ..model.loading import context_length
 from ..sharing.export import choose_format, export_run
 from ..sharing.hub import check_push, push
@@ -198,7 +199,7 @@ def describe(
         *([f"NOTE: {corpus.notice}"] if corpus.notice else []),
         f"hardware   {describe_device(accelerator)}",
         *corpus.reading,
-        f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {len(tokenizer):,} tokens",
+        f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {describe_tokens(tokenizer)}",
         *corpus.remarks(tokenizer),
         f"model      {getattr(config, 'architecture', config.model_type)}, {model.num_parameters() / 1e6:.2f}M parameters: "
         f"{config.num_hidden_layers} layers, {f'{heads} heads, ' if heads else ''}width {config.hidden_size}, context "

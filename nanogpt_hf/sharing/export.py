@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
-from ..common.files import MANIFEST, check_whole, folder_written_whole
+from ..common.files import MANIFEST, as_umask_says, check_whole, folder_written_whole
 from ..common.paths import is_hub_id
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
@@ -104,6 +104,8 @@ def export(
     generation.max_length = model.config.n_positions  # or a pipeline's default runs past the context
     plain = model if format == "nanogpt" else to_plain(model)
     plain.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        as_umask_says(path)
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if format != "nanogpt":

@@ -297,6 +297,12 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
             xytext=(0, 12),
             textcoords="offset points",
             ha="right",
+            bbox={
+                "boxstyle": "round,pad=0.2",
+                "fc": "white",
+                "ec": "none",
+                "alpha": 0.85,
+            },  # the curve runs beneath it
         )
     axes.set(title=title, xlabel="step", ylabel="loss, nats a token")
     axes.legend()
