@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
 from nanogpt_hf.common.settings import Settings, setting
@@ -82,7 +82,7 @@ def main() -> None:
     with files_written_whole(file.parent) as staging:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (staging / file.name).write_text(text, encoding="utf-8")
-    print(f"{len(rows):,} rows in {file}")
+    tell(f"{len(rows):,} rows in {file}")
 
 
 if __name__ == "__main__":

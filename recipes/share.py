@@ -106,9 +106,9 @@ def main() -> None:
         )
     if settings.space:
         write_space(settings.model, settings.space)
-        print(f"a Space in {settings.space}; start it here: python {Path(settings.space) / 'app.py'}")
+        tell(f"a Space in {settings.space}; start it here: python {Path(settings.space) / 'app.py'}")
     if settings.push_to_hub:
-        print(f"shared at {push_space(settings.space, name, private=settings.hub_private_repo)}")
+        tell(f"shared at {push_space(settings.space, name, private=settings.hub_private_repo)}")
     elif settings.hub_model_id:
         options = {
             "private": settings.hub_private_repo,
