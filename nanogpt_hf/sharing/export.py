@@ -12,10 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from ..common.errors import UserError
 from ..common.files import MANIFEST, as_umask_says, check_whole, folder_written_whole
 from ..common.paths import is_hub_id
-<<<<<<< HEAD
 from ..common.text import first_line
-=======
->>>>>>> security
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
 from ..model.checking import read_adapter_config
@@ -212,10 +209,7 @@ def base_of(folder: Path) -> tuple[str, bool]:
 
 
 def _copy_adapter(folder: Path, target: Path, for_others: bool) -> str:
-<<<<<<< HEAD
     check_whole(folder, is_of_a_model)
-=======
->>>>>>> security
     base, is_folder = base_of(folder)
     if for_others and is_folder:
         raise UserError(
