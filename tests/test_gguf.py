@@ -367,16 +367,11 @@ def test_llama_cpp_cuts_words_as_the_tokenizers_of_others_do(name, tmp_path):
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("source", ["run", "plain", "llama"])
-def test_what_share_writes_runs(source, tmp_path):
+@pytest.mark.parametrize("source", ["run", "plain"])
+@pytest.mark.parametrize("architecture", PLAIN)
+def test_what_share_writes_runs(architecture, source, tmp_path):
     tokenizer = char_tokenizer()
-    if source == "llama":
-        model = plain_model("llama", tokenizer)
-        model.save_pretrained(tmp_path / "llama")
-        tokenizer.save_pretrained(tmp_path / "llama")
-    else:
-        model = native_folder(tmp_path / "run", "qwen3", tokenizer)
-        export(model, tokenizer, tmp_path / "plain")
+    export(native_folder(tmp_path / "run", architecture, tokenizer), tokenizer, tmp_path / "plain")
     export_run(tmp_path / source, tmp_path / "out", "gguf")
     answers = run_llama_cpp(next((tmp_path / "out").glob("*.gguf")), PROMPTS, 4)
     reader = AutoTokenizer.from_pretrained(tmp_path / source)

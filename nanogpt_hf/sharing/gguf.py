@@ -241,6 +241,7 @@ def _named_weights(model: PreTrainedModel, rows: int) -> Iterator[tuple[str, np.
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         name, weight = names.get_name(key, (".weight", ".bias")), tensor.detach().float().cpu().numpy()
+        assert name is not None, f"llama.cpp has no place for {key}"
         if key in transposed:
             weight = weight.T
         if name in ("token_embd.weight", "output.weight"):

@@ -291,7 +291,8 @@ def _loading_block(target: Path, name: str, format: str, samples: str, on_base: 
     if format == "gguf":
         file = next(target.glob("*.gguf")).name
         short = file.rpartition("-")[0].lower()
-        return _fenced(LLAMA_CPP.format(file=file, name=short, prompt=shlex.quote(printable(prompt))), "bash")
+        prompt = shlex.quote(printable(prompt).strip() or "Once")
+        return _fenced(LLAMA_CPP.format(file=file, name=short, prompt=prompt), "bash")
     here = "# in this folder\n" if name == "." else ""
     lines = here + LOADING[format if format in LOADING else "plain"].format(
         name=json.dumps(name, ensure_ascii=False), **on_base

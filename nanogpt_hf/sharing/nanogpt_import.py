@@ -48,21 +48,11 @@ def import_nanogpt(
     sizes = checkpoint["model_args"]
     characters = find_characters(Path(out_dir), checkpoint, text)
     words = train_char_tokenizer(["".join(characters)]) if characters else load_tokenizer(tokenizer)
-    weights = gpt2_weights(checkpoint["model"], sizes["n_layer"])
+    weights = gpt2_weights(checkpoint["model"])
+    ids = [words.get_vocab()[character] for character in characters]
     if characters:
-        ids = words.convert_tokens_to_ids(characters)
         weights = weights | place_rows(weights, ids, len(words))
-    end = words.eos_token_id
-    config = NanoGPTConfig(
-        architecture="gpt2",
-        activation_function="gelu",
-        vocab_size=len(weights["transformer.wte.weight"]),
-        n_positions=sizes["block_size"],
-        **{name: sizes[name] for name in ("n_layer", "n_head", "n_embd")},
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), float(sizes.get("dropout", 0.0))),
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
-    )
-    model = NanoGPTForCausalLM(config)
+    model = NanoGPTForCausalLM(_config(sizes, len(weights["transformer.wte.weight"]), words.eos_token_id))
     try:
         model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
     except RuntimeError as error:
@@ -70,16 +60,29 @@ def import_nanogpt(
             f"the weights of {out_dir} are not those of a GPT of its sizes: {first_line(error)}."
         ) from error
     check_vocabulary(words, model)
-    words.model_max_length = config.n_positions
+    words.model_max_length = sizes["block_size"]
     model.generation_config.do_sample = True
     if characters:
-        model.generation_config.suppress_tokens = sorted({*range(config.vocab_size)} - {*ids})
+        model.generation_config.suppress_tokens = sorted(set(range(len(words))) - set(ids))
     else:
         suppress_padding(words, model)
     with files_written_whole(Path(target), manifest=True) as staging:
         export(model, words, staging, "nanogpt")
         make_card(staging, title=Path(target).resolve().name).save(staging / "README.md")
     return model
+
+
+def _config(sizes: dict[str, Any], rows: int, end: int) -> NanoGPTConfig:
+    fields: dict[str, Any] = {name: sizes[name] for name in ("n_layer", "n_head", "n_embd")}
+    fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), float(sizes.get("dropout", 0.0)))
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    return NanoGPTConfig(
+        architecture="gpt2",
+        activation_function="gelu",
+        vocab_size=rows,
+        n_positions=sizes["block_size"],
+        **fields,
+    )
 
 
 # --- weights ---
@@ -105,7 +108,7 @@ def read_checkpoint(out_dir: Path) -> dict:
     return checkpoint
 
 
-def gpt2_weights(weights: dict[str, torch.Tensor], n_layer: int) -> dict[str, torch.Tensor]:
+def gpt2_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """nanoGPT's weights as GPT-2's: the same names, matrices transposed (inputs, outputs), zeros where it had no bias."""
     theirs = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
     ours = {}
@@ -174,8 +177,8 @@ def find_characters(out_dir: Path, checkpoint: dict, text: str | os.PathLike | N
             "trained on (--text input.txt)."
         )
     names = read_plain_pickle(path).get("itos")
-    characters = [names.get(id) for id in range(size)] if isinstance(names, dict) else []
-    if not characters or not all(isinstance(name, str) and len(name) == 1 for name in characters):
+    characters = [str(names.get(id)) for id in range(size)] if isinstance(names, dict) else []
+    if not characters or {*map(len, characters)} != {1} or len({*characters}) != size:
         raise UserError(
             f"{path} does not name the {size} characters of the model: give its text (--text input.txt)."
         )
@@ -192,6 +195,7 @@ def read_plain_pickle(path: Path) -> dict:
     marks: list[int] = []
     memo: dict[int, Any] = {}
     try:
+        argument: Any
         for opcode, argument, _ in pickletools.genops(path.read_bytes()):
             match opcode.name:
                 case "PROTO" | "FRAME":
