@@ -1,12 +1,14 @@
-"""LoRA on GPT-2 124M: tokens a second and peak memory of this project's loop and of peft with transformers' Trainer.
+"""LoRA: tokens a second and peak memory of this project's loop and of peft with transformers' Trainer.
 
-    PYTHONPATH=. python benchmarks/lora_step.py                    # batch 16 x 1,024, rank 16, bfloat16, one GPU
+    PYTHONPATH=. python benchmarks/lora_step.py                    # GPT-2 124M, 16 x 1,024, rank 16, bfloat16, one GPU
+    PYTHONPATH=. python benchmarks/lora_step.py --base smollm2-135m
     PYTHONPATH=. python benchmarks/lora_step.py --variants ours trainer trainer_compiled --repeats 3
     PYTHONPATH=. python benchmarks/lora_step.py --tiny             # seconds on a CPU, to see that it works
 
 Every variant runs in processes of its own, `--repeats` of them in turn, on the same base (random weights of GPT-2's
-shape, made here) and the same random text. A variant's number is the median over its steps after the warm-up. No
-network is needed. Evaluation, checkpoints and samples are not timed.
+shape, made here, or any base that is to be had) and the same text (random characters, or tiny Pushkin), with adapters on
+all projections. A variant's number is the median over its steps after the warm-up. No network is needed. Evaluation,
+checkpoints and samples are not timed.
 """
 
 import argparse
@@ -24,7 +26,8 @@ import torch
 
 VARIANTS = ("ours", "trainer", "trainer_compiled")
 LOGGED = 2  # steps between two reports of ours: each waits for the device
-RANK, ALPHA, TARGETS = 16, 32, ["c_attn", "c_proj", "c_fc"]
+RANK, ALPHA = 16, 32
+CONTEXT = 1024  # tokens, or the base's
 CHARACTERS = [chr(code) for code in range(0x4E00, 0x4E00 + 50_000) if not 0xD800 <= code < 0xE000]
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, n_positions=1024, vocab_size=50257)
 TINY = dict(n_layer=1, n_head=2, n_embd=32, n_positions=32, vocab_size=384)
@@ -48,12 +51,22 @@ def make_base(folder: Path, tiny: bool) -> None:
     (folder / "text.txt").write_text(text, encoding="utf-8")
 
 
-def time_ours(folder: Path, batch: int, steps: int) -> list[float]:
-    """Seconds of every step, as the loop reports the mean of each LOGGED of them."""
+def fetch_base(name: str, folder: Path) -> None:
+    """A base and tiny Pushkin, put where `make_base` puts its own."""
+    from nanogpt_hf.data.corpora import load_corpus
+    from nanogpt_hf.model.bases import local_checkpoint
+
+    (folder / "base").symlink_to(Path(local_checkpoint(name)).resolve())
+    corpus = load_corpus("tiny_pushkin")
+    (folder / "text.txt").write_text("".join(corpus.train + corpus.validation), encoding="utf-8")
+
+
+def time_ours(folder: Path, batch: int, steps: int) -> tuple[list[float], int]:
+    """Seconds of every step, as the loop reports the mean of each LOGGED of them, and the context."""
     from nanogpt_hf.common.settings import FinetuningSettings
     from nanogpt_hf.data.corpora import load_corpus
-    from nanogpt_hf.runs.finetuning import adapt_base
-    from nanogpt_hf.runs.run import language_modeling, make_ready, resolve
+    from nanogpt_hf.runs.finetuning import ready_base
+    from nanogpt_hf.runs.run import language_modeling
     from nanogpt_hf.training.hardware import make_accelerator
     from nanogpt_hf.training.loop import train
 
@@ -73,34 +86,34 @@ def time_ours(folder: Path, batch: int, steps: int) -> list[float]:
         lora_r=RANK,
         lora_alpha=ALPHA,
         lora_dropout=0.0,  # as peft's default, which the other has
-        target_modules=TARGETS,
     )
     accelerator = make_accelerator(settings)
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage)
-    tokenizer, model, *_ = adapt_base(settings, corpus)
-    settings = resolve(settings, accelerator, corpus, tokenizer, model)
-    make_ready(settings, model)
+    settings, tokenizer, model, *_ = ready_base(settings, accelerator, corpus)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
     train(accelerator, settings, corpus, tokenizer, model, objective)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [batch * settings.n_positions / row["tokens_per_s"] for row in rows for _ in range(LOGGED)]
+    T = settings.n_positions
+    return [batch * T / row["tokens_per_s"] for row in rows for _ in range(LOGGED)], T
 
 
-def time_trainer(folder: Path, batch: int, steps: int, compiled: bool) -> list[float]:
-    """Seconds of every step of transformers' Trainer on peft's model, its data loading included as ours is."""
+def time_trainer(folder: Path, batch: int, steps: int, compiled: bool) -> tuple[list[float], int]:
+    """Seconds of every step of transformers' Trainer on peft's model, its data loading included as ours is, and the
+    context."""
     from peft import LoraConfig, get_peft_model
-    from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from nanogpt_hf.data.tokenization import encode, load_tokenizer
 
-    model = GPT2LMHeadModel.from_pretrained(folder / "base")
-    T, cuda = model.config.n_positions, torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    T, cuda = min(model.config.max_position_embeddings, CONTEXT), torch.cuda.is_available()
     ids = torch.from_numpy(
         encode(load_tokenizer(str(folder / "base")), (folder / "text.txt").read_text(encoding="utf-8"))
     ).long()
     rows = [{"input_ids": row, "labels": row} for row in ids[: len(ids) // T * T].view(-1, T)]
+    transposed = model.config.model_type == "gpt2"
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, fan_in_fan_out=True
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear", fan_in_fan_out=transposed
     )
     times = []
 
@@ -126,7 +139,7 @@ def time_trainer(folder: Path, batch: int, steps: int, compiled: bool) -> list[f
         disable_tqdm=True,
     )
     Trainer(get_peft_model(model, config), arguments, train_dataset=rows, callbacks=[Clock()]).train()
-    return times
+    return times, T
 
 
 def now(cuda: bool) -> float:
@@ -138,10 +151,9 @@ def now(cuda: bool) -> float:
 def measure(variant: str, folder: Path, batch: int, steps: int, warmup: int) -> dict:
     """One variant in this process."""
     if variant == "ours":
-        times = time_ours(folder, batch, steps)
+        times, T = time_ours(folder, batch, steps)
     else:
-        times = time_trainer(folder, batch, steps, compiled=variant == "trainer_compiled")
-    T = json.loads((folder / "base" / "config.json").read_text())["n_positions"]
+        times, T = time_trainer(folder, batch, steps, compiled=variant == "trainer_compiled")
     step = statistics.median(times[warmup:])
     cuda = torch.cuda.is_available()
     peak = (
@@ -163,6 +175,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["trainer", "ours"])
+    parser.add_argument("--base", help="a base's name, folder or Hub id; default: random weights of GPT-2's shape")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=20, help="steps at the start that are not counted")
@@ -180,7 +193,7 @@ def main() -> None:
         return
     results = []
     with TemporaryDirectory() as folder:
-        make_base(Path(folder), options.tiny)
+        fetch_base(options.base, Path(folder)) if options.base else make_base(Path(folder), options.tiny)
         for _ in range(options.repeats):
             for variant in options.variants:
                 answer = Path(folder) / "answer.json"
@@ -197,7 +210,8 @@ def main() -> None:
             for key in ("tokens_per_s", "step_ms", "peak_gib")
         }
     first = options.variants[0]
-    print(f"\n{results[0]['device']}, batch {options.batch}, rank {RANK}, torch {torch.__version__}")
+    base = options.base or "GPT-2 124M"
+    print(f"\n{base}, {results[0]['device']}, batch {options.batch}, rank {RANK}, torch {torch.__version__}")
     print(
         "| variant | tokens/s | step, ms | peak, GiB | times the first |\n| --- | ---: | ---: | ---: | ---: |"
     )

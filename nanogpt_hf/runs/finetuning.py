@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
@@ -13,6 +14,7 @@ from ..data.corpora import AnyCorpus
 from ..data.tokenization import extend_tokenizer, load_tokenizer
 from ..model.bases import local_checkpoint
 from ..model.loading import base_sha256, check_vocabulary, context_length
+from ..training.causal_attention import leave_masks_out
 from ..training.checkpoints import Progress
 from ..training.hardware import device_type
 from ..training.loop import train
@@ -40,10 +42,7 @@ def finetune(settings: FinetuningSettings) -> Progress:
     """
     check_that_others_can_load(settings)
     accelerator, corpus = start(settings)
-    tokenizer, model, base, lines = adapt_base(settings, corpus)
-    context = settings.n_positions or min(context_length(model), LONGEST_CONTEXT)
-    settings = resolve(replace(settings, n_positions=context), accelerator, corpus, tokenizer, model)
-    make_ready(settings, model)
+    settings, tokenizer, model, base, lines = ready_base(settings, accelerator, corpus)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
     settings = settle_length(accelerator, settings, model, objective)
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
@@ -52,6 +51,19 @@ def finetune(settings: FinetuningSettings) -> Progress:
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show, base)
         finish(accelerator, settings, corpus, progress, show)
     return progress
+
+
+def ready_base(
+    settings: FinetuningSettings, accelerator: Accelerator, corpus: AnyCorpus
+) -> tuple[FinetuningSettings, PreTrainedTokenizerFast, PreTrainedModel, dict[str, str], list[str]]:
+    """Resolved settings, and what `adapt_base` gives, ready for the loop."""
+    tokenizer, model, base, lines = adapt_base(settings, corpus)
+    context = settings.n_positions or min(context_length(model), LONGEST_CONTEXT)
+    settings = resolve(replace(settings, n_positions=context), accelerator, corpus, tokenizer, model)
+    make_ready(settings, model)
+    if accelerator.device.type == "cuda":
+        leave_masks_out(model)
+    return settings, tokenizer, model, base, lines
 
 
 def check_that_others_can_load(settings: FinetuningSettings) -> None:
