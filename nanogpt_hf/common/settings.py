@@ -222,6 +222,9 @@ class LengthSettings(Settings):
     logging_steps: int = setting(10, "steps between two lines of metrics.jsonl", ge=1)
     eval_steps: int = setting(250, "steps between two evaluations of the whole validation split", ge=1)
     eval_on_start: bool = setting(False, "evaluate before the first step too")
+    sample_on_eval: bool | None = setting(
+        None, "samples and loss curve at every evaluation; default: of small models, if it takes little time"
+    )
     save_steps: int = setting(500, "steps between two checkpoints", ge=1)
     save_total_limit: int = setting(2, "checkpoints kept (the best model is kept beside them)", ge=1)
     early_stopping_patience: int | None = setting(

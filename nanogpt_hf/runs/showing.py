@@ -28,7 +28,8 @@ class Showing:
 
     None of them may cost a run anything: what fails is left out with a sentence. While a run goes on, samples are left
     out once they have taken SHARE_OF_TIME of its time, and where the model is so large that a second one might not fit
-    beside it; card and loss curve together once they have taken as much.
+    beside it; card and loss curve together once they have taken as much. --sample_on_eval wants all of them every time,
+    or, false, no samples before the end.
 
     Attributes:
         ended: whether the run has come to its end; then nothing is left out.
@@ -46,16 +47,23 @@ class Showing:
         """Write what shows the model in one folder into another."""
         if (model / "samples.txt").exists():
             shutil.copy(model / "samples.txt", target)
-        elif self.ended or self._is_small(model) and (last or self._is_cheap("samples")):
+        elif self.ended or self._samples_now(model, last):
             with self._timed("samples"):
                 self._write(
                     target / "samples.txt", lambda path: path.write_text(self._sample(model), "utf-8")
                 )
-        if last or self._is_cheap("card"):
+            if not self.ended and (target / "samples.txt").exists():
+                say(self.accelerator, *first_lines((target / "samples.txt").read_text("utf-8")))
+        if last or self.settings.sample_on_eval or self._is_cheap("card"):
             with self._timed("card"):
                 rows = read_metrics(self.run / "metrics.jsonl")
                 self._write(target / "loss_curve.png", lambda path: draw_loss_curve(path, rows, self.title))
                 self._write(target / "README.md", lambda path: make_card(self.run, model, target).save(path))
+
+    def _samples_now(self, model: Path, last: bool) -> bool:
+        if self.settings.sample_on_eval is not None:
+            return self.settings.sample_on_eval
+        return self._is_small(model) and (last or self._is_cheap("samples"))
 
     def _is_small(self, model: Path) -> bool:
         return sum(path.stat().st_size for path in model.glob("*.safetensors")) <= SMALL
@@ -76,6 +84,12 @@ class Showing:
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         written_if_possible(path, write, tell=lambda line: say(self.accelerator, line))
+
+
+def first_lines(samples: str, count: int = 2) -> list[str]:
+    """What a person who watches a run sees of its samples."""
+    lines = [line for line in samples.splitlines() if line.strip()]
+    return [f"  {line[:100]}" for line in lines[:count]]
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:

@@ -56,10 +56,14 @@ def replace_best(
         show(staging, staging)
 
 
-def show_best(folder: Path, show: Show) -> None:
-    """Write anew what shows the model at the top of the run folder, when the run stops or has ended."""
+def show_best(folder: Path, show: Show, last: bool = True) -> None:
+    """Write anew what shows the model at the top of the run folder.
+
+    Args:
+        last: the run stops or has ended; otherwise it has gone on without a better one.
+    """
     with files_written_whole(folder) as staging:
-        show(folder, staging, last=True)
+        show(folder, staging, last)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from ..common.errors import UserError
@@ -51,6 +52,11 @@ def peak_flops(device_name: str) -> float | None:
     # Cards of the same name with other rates.
     others = {"ti", "super", "d", "laptop"} | (set() if name == "a100" else {"pcie", "nvl"})
     return GPUS[name].bf16_tflops * 1e12 if name in GPUS and others.isdisjoint(words) else None
+
+
+def peak_of(device: torch.device) -> float | None:
+    """The same for a device of this process."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def flops_per_token(model: PreTrainedModel, context: int) -> float | None:

@@ -15,6 +15,7 @@ from ..common.settings import RunSettings
 from ..data.corpora import AnyCorpus
 from .best_model import Show, find_repair, repair_best, replace_best, show_best, show_nothing
 from .checkpoints import Progress, load_checkpoint, prune, save_checkpoint
+from .gpus import flops_per_token
 from .hardware import settle
 from .interruption import Interruption
 from .objectives import Objective
@@ -52,6 +53,7 @@ def train(
     progress, checkpoint = find_start(accelerator, settings, identity)
     repair = find_repair(folder, checkpoint, progress) if checkpoint is not None else None
 
+    flops = flops_per_token(model, settings.n_positions)
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     optimizers = [optimizer.optimizer for optimizer in optimizers] if not settings.fp16 else optimizers
     if checkpoint is not None:
@@ -64,12 +66,13 @@ def train(
         say(accelerator, *changes)
     accelerator.wait_for_everyone()
     take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor)
-    log = RunLog(accelerator, settings, objective.tokens_per_step, progress)
+    log = RunLog(accelerator, settings, objective.tokens_per_step, progress, flops)
     if repair is not None and accelerator.is_main_process:
         say(accelerator, *repair_best(repair, progress, folder, show))
 
     def evaluate() -> dict[str, float]:
-        return evaluate_and_note(settings, model, objective, progress)
+        with log.bar.while_validating():
+            return evaluate_and_note(settings, model, objective, progress)
 
     def keep_best() -> None:
         replace_best(accelerator, model, tokenizer, progress, folder, show)
@@ -108,6 +111,9 @@ def train(
                 ended |= progress.evaluations_since_best >= patience
             if progress.best_step == step or save_due and progress.best_step is None:
                 keep_best()
+            elif evaluation_due and accelerator.is_main_process:
+                show_best(folder, show, last=False)  # the curve goes on, for who watches
+                log.restart_clock()
             if save_due or ended:
                 save()
             if interruption.signal:

@@ -28,8 +28,12 @@ from ..common.files import files_written_whole, sync
 from ..common.settings import RunSettings, public_values
 from ..common.text import printable
 from .checkpoints import Progress, list_checkpoints, step_of
+from .gpus import peak_of
+from .progress_bar import ProgressBar
 
 LIBRARIES = "torch transformers tokenizers datasets accelerate peft safetensors huggingface_hub".split()
+
+PROJECT = "nanogpt_hf"  # of all trackers
 
 
 def say(accelerator: Accelerator, *lines: str) -> None:
@@ -145,15 +149,31 @@ def same_run(settings: RunSettings, progress: Progress) -> dict[str, dict]:
     }
 
 
+def tracker_words(settings: RunSettings) -> list[str]:
+    """How to look at what the trackers get."""
+    words = {
+        "trackio": f"trackio show --project {PROJECT}",
+        "tensorboard": f"tensorboard --logdir {Path(settings.output_dir) / 'trackers'}",
+        "wandb": "WANDB_MODE=offline keeps it on this machine; `wandb sync` sends it later",
+    }
+    return [f"{name:<10} {words[name]}" for name in settings.report_to if name in words]
+
+
 class RunLog:
     """Losses on their way to the progress bar, metrics.jsonl and the trackers; only the first process writes.
 
     Args:
         progress: where the run goes on; later lines of metrics.jsonl are dropped, to be written again.
+        flops_per_token: of forward and backward, for the share of the GPUs' peak (MFU) where both are known.
     """
 
     def __init__(
-        self, accelerator: Accelerator, settings: RunSettings, tokens_per_step: int, progress: Progress
+        self,
+        accelerator: Accelerator,
+        settings: RunSettings,
+        tokens_per_step: int,
+        progress: Progress,
+        flops_per_token: float | None = None,
     ):
         self.accelerator, self.settings, self.tokens_per_step = accelerator, settings, tokens_per_step
         self.path = Path(settings.folder()) / "metrics.jsonl"
@@ -165,22 +185,20 @@ class RunLog:
             kept, damage = take_up_metrics(self.path, progress)
             self.digest = hashlib.sha256(kept.encode())
             say(accelerator, *([f"warning: {damage}"] if damage else []))
-        self.bar = tqdm(
-            total=settings.max_steps,
-            initial=progress.step,
-            disable=not (accelerator.is_main_process and sys.stderr.isatty()),
-            unit="step",
-            dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]",
+        self.bar = ProgressBar(
+            settings.max_steps, progress.step, settings.eval_steps, shown=accelerator.is_main_process
         )
+        self.flops_per_token = flops_per_token if accelerator.mixed_precision != "no" else None
         self.trackers = bool(settings.report_to)
         if self.trackers:
             config = {k: v for k, v in public_values(settings).items() if isinstance(v, (int, float, str))}
             self._tracked(
                 lambda: accelerator.init_trackers(
-                    "nanogpt_hf", None if progress.step else config, same_run(settings, progress)
+                    PROJECT, None if progress.step else config, same_run(settings, progress)
                 )
             )
+        if self.trackers:
+            say(accelerator, *tracker_words(settings))
 
     def _tracked(self, action: Callable[[], object]) -> None:
         """A tracker that fails is given up with a sentence; the run goes on."""
@@ -221,13 +239,20 @@ class RunLog:
                 what = "loss" if not math.isfinite(loss) else "gradient"
                 raise UserError(not_finite(what, first + number, self.settings.output_dir))
         loss, grad_norm = values[-1]
+        self.bar.step_s = (time.perf_counter() - self.interval_start) / self.interval_steps
+        tokens_per_s = self.tokens_per_step / self.bar.step_s
         return {
             "train_loss": loss,
             **({"grad_norm": grad_norm / self.accelerator.num_processes} if math.isfinite(grad_norm) else {}),
-            "tokens_per_s": self.interval_steps
-            * self.tokens_per_step
-            / (time.perf_counter() - self.interval_start),
+            "tokens_per_s": tokens_per_s,
+            **self._utilization(tokens_per_s),
         }
+
+    def _utilization(self, tokens_per_s: float) -> dict[str, float]:
+        peak = peak_of(self.accelerator.device)
+        if peak is None or self.flops_per_token is None:
+            return {}
+        return {"mfu": tokens_per_s * self.flops_per_token / (peak * self.accelerator.num_processes)}
 
     def write(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl, and the same for the bar and the trackers."""
@@ -245,11 +270,16 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
         self.shown |= values
-        labels = {"train_loss": "loss {:.3f}", "eval_loss": "val {:.3f}", "tokens_per_s": "{:,.0f} tok/s"}
+        labels = {
+            "train_loss": "loss {:.3f}",
+            "eval_loss": "val {:.3f}",
+            "tokens_per_s": "{:,.0f} tok/s",
+            "mfu": "{:.0%} MFU",
+        }
         shown = ", ".join(
             text.format(self.shown[name]) for name, text in labels.items() if name in self.shown
         )
-        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.tell(shown)
         if self.bar.disable and "eval_loss" in values:
             say(self.accelerator, f"step {step}/{self.settings.max_steps}: {shown}")
         if self.trackers:

@@ -1,0 +1,151 @@
+"""A run that is watched: the bar at validation, the picture while it runs, where its trackers can be seen."""
+
+import io
+import re
+import time
+
+import pytest
+from accelerate.state import AcceleratorState
+from processes import TINY, metrics, write_corpus
+from transformers import AutoModelForCausalLM
+
+from nanogpt_hf.common.cli import parse
+from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.runs import pretraining
+from nanogpt_hf.training import best_model, evaluation
+from nanogpt_hf.training.gpus import flops_per_token
+from nanogpt_hf.training.progress_bar import ProgressBar
+from nanogpt_hf.training.reporting import tracker_words
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def a_terminal(monkeypatch):
+    """What is drawn from here on; pytest sets its own stderr when a test begins."""
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    return screen
+
+
+@pytest.mark.parametrize(
+    "steps, done, every, validating, expected",
+    [
+        (100, 0, 10, False, 100 * 2 + 10 * 30),
+        (100, 10, 10, False, 90 * 2 + 9 * 30),
+        (100, 10, 10, True, 90 * 2 + 10 * 30),
+        (100, 99, 10, False, 2 + 30),
+        (105, 100, 10, False, 5 * 2 + 30),
+        (105, 105, 10, True, 30),
+        (100, 100, 10, False, 0),
+    ],
+)
+def test_time_left_counts_the_evaluations_to_come(steps, done, every, validating, expected, monkeypatch):
+    terminal = a_terminal(monkeypatch)
+    bar = ProgressBar(steps, done, every, shown=True)
+    assert bar.seconds_left() is None
+    bar.step_s, bar.evaluation_s, bar.validating = 2.0, 30.0, validating
+    assert bar.seconds_left() == expected
+    bar.refresh()
+    bar.close()
+    assert f"<{ProgressBar.format_interval(expected)}" in terminal.getvalue()
+
+
+def test_the_bar_says_that_it_validates(monkeypatch):
+    terminal = a_terminal(monkeypatch)
+    bar = ProgressBar(10, 0, 5, shown=True)
+    bar.tell("loss 1.234")
+    with bar.while_validating():
+        assert "loss 1.234, validating" in terminal.getvalue().split("\r")[-1]
+        time.sleep(0.01)
+    assert bar.evaluation_s >= 0.01
+    bar.refresh()
+    assert "validating" not in terminal.getvalue().split("\r")[-1]
+    bar.close()
+
+
+def run(folder, tmp_path, *words):
+    """A tiny run through all of it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    words = ["--corpus", str(write_corpus(tmp_path)), "--output_dir", str(folder), *TINY, *words]
+    return pretraining.pretrain(parse(TrainingSettings, None, words))
+
+
+def test_the_curve_goes_on_at_every_evaluation_and_is_always_whole(tmp_path, monkeypatch, capsys):
+    """Looked at whenever the run evaluates: what the last evaluation has left is there, and whole."""
+    folder, seen, evaluate = tmp_path / "run", [], evaluation.evaluate_split
+
+    def look(*arguments, **options):
+        curve, samples = folder / "loss_curve.png", folder / "samples.txt"
+        if curve.exists():
+            content = curve.read_bytes()
+            assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
+            seen.append((content, samples.exists()))
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("nanogpt_hf.training.objectives.evaluate_split", look)
+    run(
+        folder,
+        tmp_path,
+        "--learning_rate",
+        "0",
+        "--muon_learning_rate",
+        "0",
+        "--sample_on_eval",
+        "true",
+        "--save_steps",
+        "30",
+    )
+    evaluations = [row for row in metrics(folder) if "eval_loss" in row]
+    assert len({row["eval_loss"] for row in evaluations}) == 1  # the first is the best: all others only go on
+    assert len(seen) == len(evaluations) - 1 >= 4
+    assert len({content for content, _ in seen}) == len(seen)
+    assert all(sampled for _, sampled in seen)
+    shown = (folder / "samples.txt").read_text(encoding="utf-8")
+    first = next(line for line in shown.splitlines() if line.strip())
+    assert f"  {first[:100]}\n" in capsys.readouterr().out
+
+
+def test_samples_only_at_the_end_where_that_is_asked_for(tmp_path, monkeypatch):
+    folder, seen, replace = tmp_path / "run", [], best_model.replace_best
+
+    def look(*arguments):
+        replace(*arguments)
+        seen.append((folder / "samples.txt").exists())
+
+    monkeypatch.setattr("nanogpt_hf.training.loop.replace_best", look)
+    run(folder, tmp_path, "--sample_on_eval", "false")
+    assert seen and not any(seen)
+    assert (folder / "samples.txt").exists()
+
+
+def test_trackers_say_where_to_look(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    run(tmp_path / "run", tmp_path, "--report_to", "tensorboard")
+    (folder,) = re.findall(r"^tensorboard tensorboard --logdir (.*)$", capsys.readouterr().out, re.M)
+    assert [*(tmp_path / "run" / "trackers").rglob("events.out.*")] and folder == str(
+        tmp_path / "run" / "trackers"
+    )
+    settings = parse(
+        TrainingSettings, None, ["--output_dir", "x", "--report_to", "wandb", "trackio", "mlflow"]
+    )
+    words = tracker_words(settings)
+    assert (
+        len(words) == 2
+        and "WANDB_MODE=offline" in words[0]
+        and "trackio show --project nanogpt_hf" in words[1]
+    )
+
+
+def test_mfu_is_the_share_of_the_peak_where_the_rate_of_the_gpu_is_known(tmp_path, monkeypatch):
+    """A CPU taken for a GPU of a billion FLOPs: in bfloat16, whose rate that is."""
+    monkeypatch.setattr("nanogpt_hf.training.reporting.peak_of", lambda device: 1e9)
+    run(tmp_path / "gpu", tmp_path, "--bf16", "true")
+    rows = [row for row in metrics(tmp_path / "gpu") if "tokens_per_s" in row]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpu")
+    for row in rows:
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops_per_token(model, 16) / 1e9)
+    run(tmp_path / "float32", tmp_path, "--bf16", "false")
+    assert not any("mfu" in row for row in metrics(tmp_path / "float32"))
