@@ -113,7 +113,11 @@ def time_trainer(folder: Path, batch: int, steps: int, compiled: bool) -> tuple[
     rows = [{"input_ids": row, "labels": row} for row in ids[: len(ids) // T * T].view(-1, T)]
     transposed = model.config.model_type == "gpt2"
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear", fan_in_fan_out=transposed
+        task_type="CAUSAL_LM",
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules="all-linear",
+        fan_in_fan_out=transposed,
     )
     times = []
 
@@ -175,7 +179,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["trainer", "ours"])
-    parser.add_argument("--base", help="a base's name, folder or Hub id; default: random weights of GPT-2's shape")
+    parser.add_argument(
+        "--base", help="a base's name, folder or Hub id; default: random weights of GPT-2's shape"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=20, help="steps at the start that are not counted")

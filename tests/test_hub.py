@@ -137,9 +137,8 @@ def test_the_native_format_brings_its_code(tmp_path, capfd):
     assert model.config.architecture == "custom"
     assert export(model, tokenizer, tmp_path) == "nanogpt"
     assert CODE < {path.name for path in tmp_path.iterdir()}
-    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} == set(
-        AutoConfig.from_pretrained(tmp_path).auto_map
-    )
+    kinds = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    assert kinds == set(AutoConfig.from_pretrained(tmp_path).auto_map)
     assert_equal_logits(model, NanoGPTForCausalLM.from_pretrained(tmp_path))
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(tokenizer)
     assert "".join(capfd.readouterr()) == ""
@@ -152,19 +151,24 @@ def test_the_native_format_brings_its_code(tmp_path, capfd):
             "gpt2",
             {},
             "qwen3",
-            "gpt2 architecture cannot be written in the format qwen3: use gpt2, nanogpt or auto",
+            "gpt2 architecture cannot be written in the format qwen3: use gpt2, gguf, onnx, nanogpt or auto",
         ),
         (
             "qwen3",
             {},
             "gpt2",
-            "qwen3 architecture cannot be written in the format gpt2: use qwen3, nanogpt or",
+            "qwen3 architecture cannot be written in the format gpt2: use qwen3, gguf, onnx, nanogpt or",
         ),
-        ("qwen3", {"qk_norm": False}, "qwen3", "llama architecture cannot be .*: use llama, nanogpt or auto"),
+        (
+            "qwen3",
+            {"qk_norm": False},
+            "qwen3",
+            "llama architecture cannot be .*: use llama, gguf, onnx, nanogpt or auto",
+        ),
         ("qwen3", {"norm": "layernorm"}, "qwen3", "custom architecture cannot be .*: use nanogpt or auto"),
         ("gpt2", {"n_kv_head": 1}, "gpt2", "custom architecture cannot be .*: use nanogpt or auto"),
         ("qwen3", {"scale_attn_weights": False}, "qwen3", "use nanogpt or auto"),
-        ("gpt2", {}, "onnx", "use auto, gpt2, qwen3, llama or nanogpt"),
+        ("gpt2", {}, "pickle", "use auto, gpt2, qwen3, llama, nanogpt, gguf or onnx"),
     ],
 )
 def test_a_wrong_pairing_is_an_error_and_writes_nothing(architecture, fields, format, message, tmp_path):
