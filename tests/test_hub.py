@@ -699,8 +699,8 @@ def test_a_fault_that_stays_ends_with_the_folder_and_the_command(number, server,
     options = {"private": True, "format": "nanogpt"} | ({"timeout": 0.3} if "delay" in fault else {})
     url, error, printed = client.ask(PUSH, folder=str(run_folder), name=name, options=options)
     assert url is None and "\n" not in error
-    assert error.startswith(f"ValueError: the upload to {name} failed (") and reason in error
-    assert f"complete in {run_folder}, try again with: python recipes/share.py --model {run_folder} " in error
+    assert error.startswith(f"UserError: the upload to {name} failed (") and reason in error
+    assert f"complete in {run_folder}, try again with: nanogpt share --model {run_folder} " in error
     command = f"--hub_model_id {name} --hub_private_repo --hub_format nanogpt"
     assert error.endswith(command)
     assert 99 - lasting.times == tries and len(printed.splitlines()) == tries - 1
@@ -803,7 +803,7 @@ def test_a_run_shares_itself_and_nothing_of_its_author(architecture, plain, serv
     local, shared = ModelCard.load(folder / "README.md"), ModelCard(files["README.md"].decode())
     assert local.data.eval_results[0].metric_value == shared.data.eval_results[0].metric_value
     assert "`onegin.txt`" in shared.text and "trust_remote_code" in local.text
-    assert "recipes/pretrain_char.py --n_layer=1 " in shared.text and "--corpus=" in shared.text
+    assert "nanogpt pretrain_char --n_layer=1 " in shared.text and "--corpus=" in shared.text
 
     # share.py makes of the folder what the run made of it.
     before = len(server.requests)
@@ -838,10 +838,10 @@ def test_a_run_whose_push_fails_is_complete(server, client, corpus, tmp_path):
     folder = tmp_path / "lost"
     settings = TINY | dict(push_to_hub=True, corpus=str(corpus), output_dir=str(folder))
     _, error, printed = client.ask(PRETRAIN, settings=settings)
-    assert error.endswith(f"python recipes/share.py --model {folder} --hub_model_id user/lost")
+    assert error.endswith(f"nanogpt share --model {folder} --hub_model_id user/lost")
     assert f"run folder      {folder}" in printed
     assert NanoGPTForCausalLM.from_pretrained(folder).num_parameters() and (folder / "README.md").exists()
-    words = error.split("recipes/share.py ")[1].split()
+    words = error.split("nanogpt share ")[1].split()
     assert client.ask("recipe('share.py', *words)", words=words)[0] == 0 and commits(server, "user/lost") == 1
 
 
@@ -853,7 +853,7 @@ def test_share_writes_a_folder_too(client, run_folder, tmp_path):
         NanoGPTForCausalLM.from_pretrained(run_folder), GPT2LMHeadModel.from_pretrained(tmp_path / "plain")
     )
     for words, message in [
-        (["--model", str(run_folder)], "give --hub_model_id, --output_dir or --page"),
+        (["--model", str(run_folder)], "give --hub_model_id, --output_dir, --page or --space"),
         (["--output_dir", str(tmp_path / "y")], "--model is missing"),
         (["--model", str(run_folder), "--output_dir", str(tmp_path / "plain")], "is not empty"),
         (["--model", str(tmp_path), "--output_dir", str(tmp_path / "y")], "holds no config.json"),
