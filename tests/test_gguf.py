@@ -253,6 +253,7 @@ def test_share_writes_a_gguf_a_modelfile_and_a_card(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert {path.name for path in (tmp_path / "my poet").iterdir()} == {
         "README.md",
+        "manifest.json",
         "Modelfile",
         "my-poet-Q8_0.gguf",
     }
