@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +16,7 @@ from ..common.text import first_line, without_home
 from .sources import check_corpus
 from .tokenization import encode
 
-Row = Mapping[str, object]
+Row = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
 MARKS = tuple(f"<|{role}|>" for role in ROLES)
 # A message after the mark of its role; what the assistant says ends with the end-of-text token.
@@ -87,7 +87,7 @@ class Conversations:
             [{"prompt": row["prompt"], "completion": row[side]} for side in ("chosen", "rejected")]
             for row in self.rows[split]
         ]
-        return [tuple(encode_row(tokenizer, row) for row in pair) for pair in both]
+        return [(encode_row(tokenizer, chosen), encode_row(tokenizer, rejected)) for chosen, rejected in both]
 
     @property
     def validation_sha256(self) -> None:
@@ -217,12 +217,14 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, s
     Raises:
         UserError: the template changes what came before when a message is added.
     """
-    parts, done = [], ""
+    parts: list[Part] = []
+    done = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        said: Any = messages
+        before = str(tokenizer.apply_chat_template(said[:number], tokenize=False, add_generation_prompt=True))
+        after = str(tokenizer.apply_chat_template(said[: number + 1], tokenize=False))
         if not before.startswith(done) or not after.startswith(before):
             raise UserError(
                 "the chat template of the base writes a conversation anew with each message, so what the model is to "
@@ -258,4 +260,5 @@ def add_chat_template(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([mark for mark in MARKS if mark not in known], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
-    return [id for id in tokenizer.convert_tokens_to_ids(list(MARKS)) if id not in known.values()]
+    ids: list[Any] = [tokenizer.convert_tokens_to_ids(mark) for mark in MARKS]
+    return [id for id in ids if id not in known.values()]

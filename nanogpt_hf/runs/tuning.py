@@ -64,7 +64,8 @@ def tune_completions(settings: CompletionSettings) -> Progress:
     ]
     objective = Completions(
         accelerator,
-        *windows,
+        windows[0],
+        windows[1],
         global_batch_size(settings, accelerator),
         settings.seed,
         corpus.characters("validation"),
@@ -109,7 +110,8 @@ def tune_preferences(settings: PreferenceSettings) -> Progress:
         pairs.remember(model, settings.per_device_train_batch_size)
     objective = Preferences(
         accelerator,
-        *sides,
+        sides[0],
+        sides[1],
         global_batch_size(settings, accelerator),
         settings.seed,
         settings.dpo_beta,

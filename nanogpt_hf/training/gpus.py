@@ -42,6 +42,7 @@ def find_gpu(name: str, memory_gib: float | None = None, bf16_tflops: float | No
         near = nearest(name.lower(), GPUS)
         hint = f"did you mean {near!r}" if near else f"use one of {', '.join(GPUS)}"
         raise UserError(f"there is no GPU {name!r} here: {hint}, or give --gpu_memory_gib and --gpu_tflops.")
+    known = known or GPU(0, 0)  # both numbers are given then
     return GPU(memory_gib or known.memory_gib, bf16_tflops or known.bf16_tflops)
 
 

@@ -18,7 +18,7 @@ Shapes: B texts, T tokens of the context, V vocabulary.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class Writer:
     def __call__(self, model: PreTrainedModel, prompts: np.ndarray, seed: int) -> Written:
         """Continue prompts of one length (B P), as of `encode`."""
         P = prompts.shape[1]
-        options = {"temperature": self.temperature, "seed": seed}
+        options: dict[str, Any] = {"temperature": self.temperature, "seed": seed}
         ids = torch.from_numpy(prompts).long()
         new, state = [], self._begin(len(prompts))
         for step in generate_ids(model, ids, self.max_new_tokens, **options):
@@ -113,7 +113,9 @@ class Writer:
         """After the given line: whether a text is over, its newlines, and whether it ends in one; each B."""
         return np.zeros(rows, bool), np.ones(rows, int), np.ones(rows, bool)
 
-    def _follow(self, token, over, count, last):
+    def _follow(
+        self, token: np.ndarray, over: np.ndarray, count: np.ndarray, last: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same after one more token (B)."""
         count = count + self.newlines[token]
         over = over | self.blank[token] | (self.begins[token] & last) | (count >= self.lines)
@@ -175,7 +177,9 @@ class GroupRelativePolicy(Objective):
         self.beta, self.text_coef, self.micro_batch = beta, text_coef, micro_batch
         self.context = model.config.n_positions
         self.tokens_per_step = batch_size * write.max_new_tokens
-        self.step, self.made, self.newest = -1, None, {}
+        self.step = -1
+        self.made: Any = None
+        self.newest: dict[str, float] = {}
 
     def choose(self, step: int, groups: int) -> np.ndarray:
         """The prompts of a step, groups P: of one length, drawn by how many prompts have it."""

@@ -36,14 +36,17 @@ class ProgressBar(tqdm):
         """For the steps and evaluations to come at the pace of the last ones; None while no pace is known."""
         if not self.step_s:
             return None
-        steps, every = int(self.total), self.eval_steps
+        steps, every = int(self.total or 0), self.eval_steps
         evaluations = steps // every - int(self.n) // every + (steps % every > 0 and self.n < steps)
         return (steps - self.n) * self.step_s + (evaluations + self.validating) * self.evaluation_s
 
     @property
     def format_dict(self) -> dict[str, Any]:
         left = self.seconds_left()
-        return super().format_dict | {"left": "?" if left is None else self.format_interval(left)}
+        return {
+            **super().format_dict,
+            "left": "?" if left is None else self.format_interval(left),
+        }
 
     def tell(self, news: str) -> None:
         """What to show behind the times, from the next update on."""

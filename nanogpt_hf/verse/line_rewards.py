@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Scanner:
         if self.pool is None:
             return scan_lines(texts, self.form)
         parts = [texts[start :: self.processes] for start in range(self.processes)]
-        found: list[Scanned | None] = [None] * len(texts)
+        found: list[Any] = [None] * len(texts)
         for start, part in enumerate(self.pool.map(scan_lines, parts, [self.form] * len(parts))):
             found[start :: self.processes] = part
         return found
