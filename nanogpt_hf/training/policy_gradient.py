@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ..data.token_stream import TokenStream, mix, permute
 from ..data.tokenization import encode
 from ..generation.text import generate_ids
+from ..model.loading import context_length
 from ..verse.line_rewards import LineRewards
 from .evaluation import evaluate_split
 from .objectives import Batch, Objective
@@ -175,7 +176,7 @@ class GroupRelativePolicy(Objective):
         self.train, self.validation, self.characters = train, validation, characters
         self.batch_size, self.group, self.seed, self.eval_texts = batch_size, group, seed, eval_texts
         self.beta, self.text_coef, self.micro_batch = beta, text_coef, micro_batch
-        self.context = model.config.n_positions
+        self.context = context_length(model)
         self.tokens_per_step = batch_size * write.max_new_tokens
         self.step = -1
         self.made: Any = None
