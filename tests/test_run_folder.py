@@ -307,9 +307,7 @@ def test_the_command_is_the_one_that_ran_and_outlives_a_resume(corpus, tmp_path)
     assert record["command"].startswith(first)
     (later,) = record["history"]
     assert later["step"] == 10 and later["changed"] == {"max_steps": [10, 20], "eval_steps": [6, 5]}
-    assert later["command"].startswith(
-        "python recipes/pretrain_char.py --output_dir run --resume_"
-    )
+    assert later["command"].startswith("python recipes/pretrain_char.py --output_dir run --resume_")
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert first in card and f"# from step 10:\n{later['command']}" in card
     assert str(tmp_path) not in card
