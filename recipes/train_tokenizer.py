@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.kind == "bpe" and len(tokenizer) < settings.vocab_size:
         tell(f"NOTE: the text has merges for {len(tokenizer):,} tokens only.")
     try:
-        with files_written_whole(folder) as staging:
+        with files_written_whole(folder, manifest=True) as staging:
             tokenizer.save_pretrained(staging)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
