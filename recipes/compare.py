@@ -24,8 +24,8 @@ from nanogpt_hf.common.files import files_written_whole, written_if_possible
 from nanogpt_hf.common.paths import check_model_name, check_unused
 from nanogpt_hf.common.settings import TextSettings, changed, exclude, setting
 from nanogpt_hf.common.tables import table
-from nanogpt_hf.data.sources import check_corpora
 from nanogpt_hf.common.text import printable
+from nanogpt_hf.data.sources import check_corpora
 
 if TYPE_CHECKING:
     from nanogpt_hf.data.corpora import AnyCorpus

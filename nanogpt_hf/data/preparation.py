@@ -174,8 +174,9 @@ def _about(
     unusual = {name: value if USUAL_READING.get(name) != value else None for name, value in options.items()}
     if options["validation_file"]:
         unusual["validation_file"] = without_home(options["validation_file"])
-    return unusual | {
-        "format": FORMAT,
+    return {
+        "format": FORMAT,  # at the beginning, where it is looked for
+        **unusual,
         "corpus": {"name": without_home(corpus), **{key: getattr(source, key) for key in OF_A_SOURCE}},
         "text_column": options["text_column"],
         "source_size": source.size,
