@@ -93,6 +93,8 @@ def one_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process is in it, or the folder cannot be written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder.")
     lock = folder / f"{UNFINISHED}writer.lock"
     with ExitStack() as stack:
         stack.callback(_delete_empty, [path for path in (folder, *folder.parents) if not path.exists()])
