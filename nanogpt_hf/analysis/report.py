@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -46,7 +47,7 @@ def measure_models(settings: ComparisonSettings) -> None:
         say(accelerator, f"measuring {name}", *known_text(name, given, corpus))
         model, tokenizer = load_model_and_tokenizer(given)
         model.to(accelerator.device)
-        row = {"model": name} | measure(
+        row: dict[str, Any] = {"model": name} | measure(
             model,
             tokenizer,
             corpus,

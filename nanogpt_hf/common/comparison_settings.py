@@ -12,7 +12,7 @@ FILES = ("results.md", "results.json", "surprisal.html")
 class ComparisonSettings(TextSettings):
     """Settings"""
 
-    validation_split_percentage: int | None = changed(
+    validation_split_percentage: int | None = changed(  # type: ignore[assignment]  # None: it depends on the corpus
         TextSettings,
         "validation_split_percentage",
         None,
