@@ -3,6 +3,7 @@
 import io
 import re
 import time
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -108,26 +109,18 @@ def test_the_curve_goes_on_at_every_evaluation_and_is_always_whole(tmp_path, mon
     assert f"  {first[:100]}\n" in capsys.readouterr().out
 
 
-def test_samples_only_at_the_end_where_that_is_asked_for(tmp_path, monkeypatch):
-    folder, seen, replace = tmp_path / "run", [], best_model.replace_best
-
-    def look(*arguments):
-        replace(*arguments)
-        seen.append((folder / "samples.txt").exists())
-
-    monkeypatch.setattr("nanogpt_hf.training.loop.replace_best", look)
-    run(folder, tmp_path, "--sample_on_eval", "false")
-    assert seen and not any(seen)
-    assert (folder / "samples.txt").exists()
-
-
-def test_trackers_say_where_to_look(tmp_path, capsys):
+def test_what_a_run_of_a_gpu_and_a_tracker_says_of_itself(tmp_path, monkeypatch, capsys):
+    """A CPU taken for a GPU of a billion FLOPs: in bfloat16, whose rate that is."""
     pytest.importorskip("tensorboard")
-    run(tmp_path / "run", tmp_path, "--report_to", "tensorboard")
-    (folder,) = re.findall(r"^tensorboard tensorboard --logdir (.*)$", capsys.readouterr().out, re.M)
-    assert [*(tmp_path / "run" / "trackers").rglob("events.out.*")] and folder == str(
-        tmp_path / "run" / "trackers"
-    )
+    monkeypatch.setattr("nanogpt_hf.training.reporting.peak_of", lambda device: 1e9)
+    folder = tmp_path / "run"
+    run(folder, tmp_path, "--bf16", "true", "--report_to", "tensorboard")
+    rows = [row for row in metrics(folder) if "tokens_per_s" in row]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for row in rows:
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops_per_token(model, 16) / 1e9)
+    (shown,) = re.findall(r"^tensorboard tensorboard --logdir (.*)$", capsys.readouterr().out, re.M)
+    assert shown == str(folder / "trackers") and [*Path(shown).rglob("events.out.*")]
     settings = parse(
         TrainingSettings, None, ["--output_dir", "x", "--report_to", "wandb", "trackio", "mlflow"]
     )
@@ -139,13 +132,16 @@ def test_trackers_say_where_to_look(tmp_path, capsys):
     )
 
 
-def test_mfu_is_the_share_of_the_peak_where_the_rate_of_the_gpu_is_known(tmp_path, monkeypatch):
-    """A CPU taken for a GPU of a billion FLOPs: in bfloat16, whose rate that is."""
+def test_a_run_in_float32_has_no_mfu_and_samples_at_its_end_where_that_is_asked_for(tmp_path, monkeypatch):
+    folder, seen, replace = tmp_path / "run", [], best_model.replace_best
+
+    def look(*arguments):
+        replace(*arguments)
+        seen.append((folder / "samples.txt").exists())
+
+    monkeypatch.setattr("nanogpt_hf.training.loop.replace_best", look)
     monkeypatch.setattr("nanogpt_hf.training.reporting.peak_of", lambda device: 1e9)
-    run(tmp_path / "gpu", tmp_path, "--bf16", "true")
-    rows = [row for row in metrics(tmp_path / "gpu") if "tokens_per_s" in row]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpu")
-    for row in rows:
-        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops_per_token(model, 16) / 1e9)
-    run(tmp_path / "float32", tmp_path, "--bf16", "false")
-    assert not any("mfu" in row for row in metrics(tmp_path / "float32"))
+    run(folder, tmp_path, "--sample_on_eval", "false", "--bf16", "false", "--eval_steps", "15")
+    assert seen and not any(seen)
+    assert (folder / "samples.txt").exists()
+    assert not any("mfu" in row for row in metrics(folder))

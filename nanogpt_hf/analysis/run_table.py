@@ -7,10 +7,12 @@ from typing import Any
 
 import yaml
 
+from ..common.cli import tell
 from ..common.errors import UserError
 from ..common.tables import table
 from ..common.text import first_line
 from ..training.reporting import read_metrics
+from .comparison import short_names
 
 # Settings that say where a run went, not what it was.
 NOT_COMPARED = (
@@ -94,3 +96,21 @@ def _by_value(rows: Sequence[dict[str, Any]], name: str) -> str:
     for row in rows:
         runs.setdefault(str(row["settings"].get(name, "")), []).append(row["run"])
     return "; ".join(f"{value or 'none'} ({', '.join(names)})" for value, names in runs.items())
+
+
+def list_runs(names: Sequence[str]) -> None:
+    """Print the table of run folders; what is no run is said and left out.
+
+    Raises:
+        UserError: none is a run.
+    """
+    rows = []
+    folders = [name for name in names if Path(name).is_dir()]
+    for name, folder in zip(short_names(folders), folders, strict=True) if folders else ():
+        try:
+            rows.append(read_run(Path(folder), name))
+        except UserError as error:
+            tell(f"left out: {error}")
+    if not rows:
+        raise UserError(f"none of {', '.join(names)} is the folder of a run: give run folders, as runs/*.")
+    tell(run_table(rows).rstrip("\n"))

@@ -1,0 +1,123 @@
+"""Models measured one after another: their tables, all numbers, and the page of surprisal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..common.cli import tell
+from ..common.comparison_settings import FILES, ComparisonSettings
+from ..common.errors import UserError
+from ..common.files import files_written_whole, written_if_possible
+from ..common.tables import table
+from ..common.text import printable
+from ..data.corpora import AnyCorpus, load_corpus
+from ..data.named_corpora import NAMES
+from ..data.shards import is_shards
+from ..model.loading import load_model_and_tokenizer
+from ..training.hardware import device_type, settle, use_all_cores
+from ..training.reporting import library_versions, say
+from .comparison import (
+    COLUMNS,
+    SAMPLE_COLUMNS,
+    choose_passage,
+    context_of,
+    measure,
+    measure_samples,
+    percentage_held_out,
+    sample_texts,
+    short_names,
+)
+from .surprisal import ALTERNATIVES, surprisal, surprisal_page
+
+
+def measure_models(settings: ComparisonSettings) -> None:
+    """Print the table of models, and write it with the page; every process calls it."""
+    use_all_cores()
+    accelerator = Accelerator(cpu=device_type(settings.use_cpu) == "cpu")
+    with accelerator.main_process_first():
+        usual = 10 if settings.corpus in NAMES or is_shards(settings.corpus) else 100
+        percent = settings.validation_split_percentage or usual
+        corpus = load_corpus(settings.corpus, percent, **settings.reading_options())
+    say(accelerator, *([f"NOTE: {corpus.notice}"] if corpus.notice else []), *corpus.reading)
+    text, start = choose_passage(corpus.validation, settings.passage_start, settings.passage_length)
+    rows, panels = [], {}
+    for name, given in zip(short_names(settings.model), settings.model, strict=True):
+        say(accelerator, f"measuring {name}", *known_text(name, given, corpus))
+        model, tokenizer = load_model_and_tokenizer(given)
+        model.to(accelerator.device)
+        row: dict[str, Any] = {"model": name} | measure(
+            model,
+            tokenizer,
+            corpus,
+            accelerator,
+            n_positions=settings.n_positions,
+            stride=settings.stride,
+            batch_size=settings.per_device_eval_batch_size,
+        )
+        settle(accelerator)
+        rows.append(row)
+        if accelerator.is_main_process and settings.samples:
+            sampling = {"temperature": settings.temperature, "seed": settings.seed}
+            texts = sample_texts(model, tokenizer, settings.samples, settings.sample_length, **sampling)
+            row |= measure_samples(texts, corpus) | {"samples": texts}
+        if accelerator.is_main_process and settings.output_dir:
+            context = context_of(model, settings.n_positions)
+            panels[name] = surprisal(model, tokenizer, text, start, context, ALTERNATIVES)
+    if accelerator.is_main_process:
+        split = {
+            "corpus": Path(corpus.name).name,  # without folders of this machine
+            "source": corpus.source,
+            "sha256": corpus.sha256,
+            "validation_characters": sum(map(len, corpus.validation)),
+            "validation_bytes": sum(len(document.encode()) for document in corpus.validation),
+        }
+        words = in_words(split, rows)
+        tell("", words.rstrip("\n"))
+        if settings.output_dir:
+            write(settings.output_dir, words, rows, split, text[start:], start, panels)
+    accelerator.end_training()
+
+
+def known_text(name: str, model: str, corpus: AnyCorpus) -> list[str]:
+    """What to say of a model that was trained on some of the text that it is measured on."""
+    held_out = percentage_held_out(model, corpus)
+    if held_out is None or corpus.characters("train"):  # then what is measured was held out
+        return []
+    return [
+        f"NOTE: {name} was trained on this text; --validation_split_percentage {held_out} measures only what it has not "
+        "seen."
+    ]
+
+
+def in_words(split: dict, rows: list[dict]) -> str:
+    """The tables: of losses, and of samples where there are any."""
+    title = f"{split['corpus']}, validation split of {split['validation_characters']:,} characters"
+    samples = f"\n{table(rows, SAMPLE_COLUMNS)}" if any("samples" in row for row in rows) else ""
+    return f"{printable(title)}\n\n{table(rows, COLUMNS)}{samples}"
+
+
+def write(
+    folder: str, words: str, rows: list[dict], split: dict, passage: str, start: int, panels: dict
+) -> None:
+    """The tables, all numbers and the page of surprisal into a folder."""
+    results = split | {"models": rows, "versions": library_versions()}
+    title = f"Surprisal in {split['corpus']}, validation text from character {start:,}"
+    try:
+        with files_written_whole(Path(folder)) as staging:
+            (staging / "results.md").write_text(words, encoding="utf-8")
+            (staging / "results.json").write_text(as_json(results), encoding="utf-8")
+            written_if_possible(
+                staging / "surprisal.html",
+                lambda path: path.write_text(surprisal_page(title, passage, panels), encoding="utf-8"),
+            )
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
+    tell("", f"written to {folder}: {', '.join(FILES)}")
+
+
+def as_json(results: dict) -> str:
+    """In JSON, which has no number for what is infinite or undefined: null."""
+    finite = json.loads(json.dumps(results), parse_constant=lambda name: None)
+    return json.dumps(finite, ensure_ascii=False, indent=1) + "\n"
