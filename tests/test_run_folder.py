@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -382,20 +383,28 @@ def test_a_terminal_that_is_closed(corpus, tmp_path):
     child, terminal = pty.fork()
     if child == 0:  # a session of its own, whose terminal this is
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        words = training_words(folder, corpus, "--max_steps", "1000000", "--eval_steps", "50")
+        words = training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "50000")
         os.execve(
             sys.executable, [sys.executable, str(ROOT / "recipes" / "pretrain_char.py"), *words], environment
         )
-    reader = threading.Thread(target=read_until_closed, args=(terminal,), daemon=True)
-    reader.start()
-    while not (folder / "checkpoints" / "step-100").exists():
-        assert os.waitpid(child, os.WNOHANG) == (0, 0)
-    os.kill(child, signal.SIGHUP)  # what the kernel does to whoever has the terminal
-    os.close(terminal)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == 129
+    ended = (0, 0)
+    try:
+        threading.Thread(target=read_until_closed, args=(terminal,), daemon=True).start()
+        while not list(folder.glob("checkpoints/step-*")):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+            time.sleep(0.01)
+        os.kill(child, signal.SIGHUP)  # what the kernel does to whoever has the terminal
+        os.close(terminal)
+        end = time.monotonic() + 60
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert os.waitstatus_to_exitcode(ended[1]) == 129
+    finally:
+        if ended == (0, 0):
+            os.kill(child, signal.SIGKILL)
     newest = max(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
-    assert metrics(folder)[-1]["step"] <= newest < 1000000
+    assert metrics(folder)[-1]["step"] <= newest < 100000
 
 
 def read_until_closed(terminal: int) -> None:
