@@ -20,7 +20,7 @@ from nanogpt_hf.common.paths import check_model_name
 from nanogpt_hf.common.settings import setting
 from nanogpt_hf.common.text import spelt_out
 from nanogpt_hf.generation.prompt_files import read_prompt, read_prompts, write_texts
-from nanogpt_hf.generation.sampling import SamplingSettings
+from nanogpt_hf.generation.sampling_settings import SamplingSettings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import nanogpt_hf
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.data.tokenization import make_tokenizer
-from nanogpt_hf.generation.sampling import SamplingSettings
+from nanogpt_hf.generation.sampling_settings import SamplingSettings
 from nanogpt_hf.generation.writer import Writer
 from nanogpt_hf.runs.answers import LONGEST_TEXT, Answers, kept_as_html
 

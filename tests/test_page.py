@@ -20,7 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 from test_answers import folders, writers  # noqa: F401
 
-from nanogpt_hf.generation.sampling import SamplingSettings
+from nanogpt_hf.generation.sampling_settings import SamplingSettings
 from nanogpt_hf.generation.writer import Writer
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed (extra play)")

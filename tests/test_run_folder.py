@@ -357,6 +357,9 @@ def test_settings_that_had_no_effect_are_not_in_the_card(whole, corpus, tmp_path
 # --- stops ---
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="under nohup a hangup is ignored, as it must be"
+)
 def test_a_hangup_stops_with_a_checkpoint(corpus, tmp_path):
     folder = tmp_path / "run"
     run = Run(training_words(folder, corpus, "--max_steps", "100000"))

@@ -13,8 +13,8 @@ from tokenizers import AddedToken
 
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.data.corpora import load_corpus
-from nanogpt_hf.data.documents import END_OF_TEXT, cut_at_marks, with_plain_newlines
 from nanogpt_hf.data.readers import Reading
+from nanogpt_hf.data.splits import END_OF_TEXT, cut_at_marks, with_plain_newlines
 from nanogpt_hf.data.tokenization import make_tokenizer
 from nanogpt_hf.training import loop
 from recipes.compare import main as compare

@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.text import spelt_out
 from nanogpt_hf.data.tokenization import encode, make_tokenizer
-from nanogpt_hf.generation.sampling import SamplingSettings
+from nanogpt_hf.generation.sampling_settings import SamplingSettings
 from nanogpt_hf.generation.showing import show
 from nanogpt_hf.generation.terminal import Terminal
 from nanogpt_hf.generation.text import generate_text

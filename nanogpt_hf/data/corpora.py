@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.reading_options import USUAL_READING, ReadingOptions
 from ..common.text import readable, without_home
-from .documents import documents_ended_by, hold_out
 from .first_screen import (
     line_on_special_tokens,
     lines_on_files,
@@ -21,6 +20,7 @@ from .first_screen import (
 )
 from .shards import is_shards, open_shards
 from .sources import Source, open_source
+from .splits import documents_ended_by, hold_out
 from .token_stream import MappedIds
 from .tokenization import encode_documents, make_tokenizer
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .documents import END_OF_TEXT
 from .readers import Reading, kind_of
 from .sources import Source, list_skipped
+from .splits import END_OF_TEXT
 
 
 def lines_on_files(name: str, source: Source, characters: Mapping[str, int] | None = None) -> list[str]:

@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.reading_options import USUAL_READING, ReadingOptions
 from ..common.text import without_home
-from .documents import split_at_the_end
 from .first_screen import lines_on_files, lines_on_text
 from .named_corpora import NAMES
 from .parallel_encoding import Encoder, Task, Unit, encode_tasks
 from .shard_writing import AGAIN, SplitWriter, State, begin, commit, finish
 from .shards import FORMAT, SPLITS, read_index, vocabulary_sha256, width_of
 from .sources import Source, open_source
+from .splits import split_at_the_end
 from .token_stream import mix
 from .tokenization import load_tokenizer, pieces
 

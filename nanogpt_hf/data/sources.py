@@ -13,9 +13,9 @@ from ..common.errors import UserError
 from ..common.paths import nearest_path
 from ..common.reading_options import USUAL_READING, ReadingOptions
 from ..common.text import first_line, nearest
-from .documents import cut_at_marks, with_plain_newlines
 from .named_corpora import NAMES, named_text
 from .readers import CONVERSIONS, READERS, Reading, Text, column_of, kind_of, read_file, texts, why_unread
+from .splits import cut_at_marks, with_plain_newlines
 
 Documents = Iterable[Text]
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.files import check_whole
 from ..common.text import first_line
-from .documents import END_OF_TEXT
+from .splits import END_OF_TEXT
 
 CHUNK = 4_000  # characters of a piece of a long text, whose ids come as a list of Python's
 BATCH = 1_000  # texts; what the tokenizers library returns takes many times the memory of the ids

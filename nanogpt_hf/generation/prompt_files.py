@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.errors import UserError
 from ..common.files import files_written_whole
 from ..common.text import first_line, without_home
-from .sampling import SamplingSettings
+from .sampling_settings import SamplingSettings
 
 
 def read_prompt(name: str) -> str:

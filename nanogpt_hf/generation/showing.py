@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.text import printable
-from .sampling import SamplingSettings
+from .sampling_settings import SamplingSettings
 from .writer import Prompt, Writer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..common.cli import parse
 from ..common.errors import UserError
 from ..common.text import nearest, printable, spelt_out
-from .sampling import SEEDS, SamplingSettings
+from .sampling_settings import SEEDS, SamplingSettings
 from .showing import say_faintly, show
 from .writer import Prompt, Writer, as_text, written_on
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.text import first_line
 from ..model.loading import context_length, load_model_and_tokenizer
-from .sampling import SamplingSettings
+from .sampling_settings import SamplingSettings
 from .text import stream_text, whole_texts
 
 # What is written on with: a text, or the messages of a conversation, each with its role and content.

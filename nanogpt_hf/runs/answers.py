@@ -14,7 +14,7 @@ from ..analysis.surprisal import ALTERNATIVES, coloured, legend, mean_words, sca
 from ..analysis.verse_page import LEGEND, article_of
 from ..common.errors import UserError
 from ..common.text import first_line, printable
-from ..generation.sampling import SamplingSettings
+from ..generation.sampling_settings import SamplingSettings
 from ..generation.writer import Prompt, Writer, as_text, written_on
 from ..verse.scansion import FORMS, scan
 

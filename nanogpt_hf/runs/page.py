@@ -19,7 +19,7 @@ from ..analysis import surprisal, verse_page  # noqa: E402
 from ..analysis.html_page import COLOURS  # noqa: E402
 from ..common.errors import UserError  # noqa: E402
 from ..common.text import printable, unescaped  # noqa: E402
-from ..generation.sampling import SEEDS, SamplingSettings  # noqa: E402
+from ..generation.sampling_settings import SEEDS, SamplingSettings  # noqa: E402
 from ..generation.writer import Writer  # noqa: E402
 from ..verse.scansion import FORMS  # noqa: E402
 from .answers import LONGEST_TEXT, Answers, Written, kept_as_html  # noqa: E402

@@ -1,4 +1,7 @@
-"""Rewards: what texts are worth, in numbers from 0 to 1, many texts in one call."""
+"""Rewards of whole texts: what they are worth, in numbers from 0 to 1, many in one call.
+
+Tuning takes them line by line, and by name: line_rewards.py.
+"""
 
 import dataclasses
 import functools
