@@ -357,12 +357,10 @@ def test_settings_that_had_no_effect_are_not_in_the_card(whole, corpus, tmp_path
 # --- stops ---
 
 
-@pytest.mark.skipif(
-    signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="under nohup a hangup is ignored, as it must be"
-)
 def test_a_hangup_stops_with_a_checkpoint(corpus, tmp_path):
     folder = tmp_path / "run"
-    run = Run(training_words(folder, corpus, "--max_steps", "100000"))
+    heed = (signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    run = Run(training_words(folder, corpus, "--max_steps", "100000"), prepare=heed)
     run.wait_for(folder / "checkpoints" / "step-10")
     run.signal(signal.SIGHUP)
     run.signal(signal.SIGHUP)  # as the kernel and a shell do
@@ -385,6 +383,7 @@ def test_a_terminal_that_is_closed(corpus, tmp_path):
     folder = tmp_path / "run"
     child, terminal = pty.fork()
     if child == 0:  # a session of its own, whose terminal this is
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         words = training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "50000")
         os.execve(
