@@ -78,16 +78,13 @@ def lasting(folder: Path) -> dict[str, str]:
 
 
 def attack_writer(writer: Writer, place: Path, kills: int, rng: random.Random) -> str:
-    """Kill a command at some of its file events, the first and the last among them, and give it again each time."""
-    counts, log = place / "counts", place / "log"
-    undisturbed = writer(place / "undisturbed", log)
+    """Kill a command at some of its file events, and give it again each time."""
+    counts, world = place / "counts", place / "world"
+    folder = world / "folder"
+    undisturbed = writer(folder, place / "log1", prepare=(at_file_events, str(world), str(counts), None))
     assert undisturbed.wait() == 0, undisturbed.said()
-    expected = lasting(place / "undisturbed")
+    expected, events = lasting(folder), int(counts.read_text())
     assert expected
-    world, folder = place / "world", place / "world" / "folder"
-    watched = (at_file_events, str(world), str(counts), None)
-    assert writer(folder, place / "log1", prepare=watched).wait() == 0, (place / "log1").read_text()
-    events = int(counts.read_text())
     for number in sorted(rng.sample(range(1, events + 1), kills)):
         shutil.rmtree(world)
         killed = writer(folder, place / "log2", prepare=(at_file_events, str(world), None, number))
@@ -178,17 +175,19 @@ def damages(world: Path, readers: dict[str, Reader]) -> Iterator[tuple[str, str,
 
 
 def attack_reader(
-    world: Path, place: Path, reader: Reader, file: str, how: str, expected: object, rng: random.Random
+    world: Path, pristine: Path, reader: Reader, file: str, how: str, expected: object, rng: random.Random
 ) -> str:
-    """What a reader makes of a copy of the world in which one file is damaged: "right" or the sentence."""
-    copy = Path(shutil.copytree(world, place, symlinks=True))
+    """What a reader makes of a world in which one file is damaged: "right" or the sentence.
+
+    Args:
+        world: the same again, in the same place, when this ends.
+        pristine: a copy of it.
+    """
     try:
-        path = copy / file
-        before = path.read_bytes()
-        DAMAGES[how](path, copy / reader.other / Path(file).relative_to(reader.reads), rng)
-        if path.exists() and path.read_bytes() == before:
+        DAMAGES[how](world / file, pristine / reader.other / Path(file).relative_to(reader.reads), rng)
+        if (world / file).exists() and (world / file).read_bytes() == (pristine / file).read_bytes():
             return "as it was"
-        status, result = answer(reader, copy)
+        status, result = answer(reader, world)
         if status == 0:
             assert result == expected, f"{reader.recipe}, {file} {how}: another result with status 0"
             return "right"
@@ -201,4 +200,9 @@ def attack_reader(
         )
         return errors[0]
     finally:
-        shutil.rmtree(copy)
+        restore(world, pristine)
+
+
+def restore(world: Path, pristine: Path) -> None:
+    shutil.rmtree(world)
+    shutil.copytree(pristine, world)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import settings as example_settings
@@ -385,26 +386,62 @@ def test_bad_input_ends_in_one_sentence_with_nothing_written(places, adapter, tm
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before, words
 
 
-def test_an_adapter_of_another_base_is_refused(places, adapter, tmp_path, capsys):
+@pytest.fixture
+def moved(places, adapter, tmp_path):
+    """A copy of the adapter on a copy of its base: (adapter, base)."""
     base = shutil.copytree(places / "base", tmp_path / "base")
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     edit = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(edit | {"base_model_name_or_path": str(base)}))
     (folder / "manifest.json").unlink()  # which would call that damage
-    load_merged(folder)
+    return Path(folder), Path(base)
+
+
+def train_more(base: Path, name: str) -> None:
     weights = load_file(base / "model.safetensors")
-    weights["h.0.mlp.c_fc.weight"] += 1e-3
+    weights[name] += 1e-3
     save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("changed", ["h.0.mlp.c_fc.weight", "wte.weight"])
+def test_an_adapter_is_refused_on_a_base_that_was_trained_on(places, moved, capsys, changed):
+    """Wherever it is loaded: by share, by sample and compare, by going on."""
+    folder, base = moved
+    words = ["--corpus", places / "poems.txt", "--model_name_or_path", base, *SMALL]
+    load_merged(folder)
+    train_more(base, changed)
+    for load in (load_merged, lambda folder: load_model_and_tokenizer(str(folder))):
+        with pytest.raises(ValueError, match="another base.*other weights now"):
+            load(folder)
+    for newest in ("", max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))):
+        assert run("sample.py", "--model", newest or folder, "--max_new_tokens", 5) == 2
+        assert "trained on another base" in capsys.readouterr().err
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert run("finetune_lora.py", "--output_dir", folder, *words, "--resume_from_checkpoint", "last") == 2
+    assert "belongs to another run: base" in capsys.readouterr().err
+
+
+def test_an_adapter_of_an_earlier_version_knows_less_of_its_base(moved):
+    """It has noted nothing of the embeddings, in run.yaml alone."""
+    folder, base = moved
+    (folder / "progress.json").unlink()
+    values = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    del values["record"]["identity"]["base_embeddings"]
+    (folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    train_more(base, "wte.weight")
+    load_merged(folder)
+    train_more(base, "h.0.mlp.c_fc.weight")
     with pytest.raises(ValueError, match="another base.*other weights now"):
         load_merged(folder)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    words = ["--corpus", places / "poems.txt", "--model_name_or_path", base, *SMALL]
-    assert run("finetune_lora.py", "--output_dir", folder, *words, "--resume_from_checkpoint", "last") == 2
-    assert "belongs to another run: base was" in capsys.readouterr().err
+
+
+def test_an_adapter_on_a_base_of_another_shape_is_refused(moved):
+    folder, base = moved
     config = NanoGPTForCausalLM.from_pretrained(base).config
     config.n_embd, config.head_dim = 16, 8
     export(NanoGPTForCausalLM(config), AutoTokenizer.from_pretrained(base), base)
-    (folder / "run.yaml").unlink()
+    for name in ("run.yaml", "progress.json"):
+        (folder / name).unlink()
     with pytest.raises(ValueError, match="cannot be put on its base"):
         load_merged(folder)
 

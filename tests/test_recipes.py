@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,11 +91,16 @@ def test_the_folder_is_an_ordinary_checkpoint(run_folder):
 
 
 def test_a_text_in_another_script_under_an_ascii_locale(text, tmp_path):
-    """The whole way in a process that could not even print the text by default."""
+    """The whole way in a process that could not even print the text, or the name of its file, by default."""
     ascii_only = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
-    folder = tmp_path / "run"
+    folder, text = tmp_path / "run", shutil.copy(text, tmp_path / "онегин.txt")
     done = launch("recipes/pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, **ascii_only)
     assert done.returncode == 0, done.stderr.decode()
+    said = done.stdout.decode("utf-8")
+    assert "онегин.txt: " in said and "warning" not in said
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "trained from scratch on `онегин.txt`" in card and "--corpus 'онегин.txt'" in card
+    assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "дя" in (folder / "samples.txt").read_text(encoding="utf-8") or any(
         "а" <= c <= "я" for c in (folder / "samples.txt").read_text(encoding="utf-8")
     )
