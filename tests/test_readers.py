@@ -107,10 +107,11 @@ def test_conversations_are_what_was_said(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "cp1251", "koi8-r"])
-@pytest.mark.parametrize("name", ["a b.txt", "a.log", "a.csv", "a.jsonl"])
+@pytest.mark.parametrize("name", ["a b.txt", "a.log", "a.csv", "a.jsonl", "a.txt.gz"])
 def test_another_encoding_is_refused_with_the_command_that_converts(tmp_path, encoding, name):
     rows = {"a.csv": f"text\n{quoted(FOX)}\n", "a.jsonl": json.dumps({"text": FOX}, ensure_ascii=False)}
-    message = refusal(write(tmp_path / name, rows.get(name, FOX).encode(encoding)))
+    content = rows.get(name, FOX).encode(encoding)
+    message = refusal(write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content))
     assert f"{name} is not UTF-8" in message and f"iconv -f {encoding.upper()} -t UTF-8" in message
     command = message.partition("convert it: ")[2]
     subprocess.run(command, shell=True, check=True)

@@ -299,18 +299,25 @@ def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError:
     """What to say of a text in another encoding, with the command that converts it where one can be told."""
     sample = error.object[max(0, error.start - AROUND) :][:SAMPLE]
     message = f"{path.name} is not UTF-8 {where}"
-    new = path.with_name(f"{path.stem}-utf8{path.suffix}")
-    files = f"{shlex.quote(str(path))} > {shlex.quote(str(new))}"
     decoded = sample.decode(errors="replace")
-    good = sum(character > "\x7f" for character in decoded) - decoded.count("\ufffd")
-    if good > 10 * decoded.count("\ufffd"):
+    bad = decoded.count("\N{REPLACEMENT CHARACTER}")
+    if sum(character > "\x7f" for character in decoded) > 10 * bad:
         return UserError(
-            f"{message}, but elsewhere; this leaves out what is not: iconv -c -f UTF-8 -t UTF-8 {files}"
+            f"{message}, but elsewhere; this leaves out what is not: {_iconv('-c -f UTF-8', path)}"
         )
     encoding = _encoding_of(_sample(path), sample)
     if encoding is None:
         return UserError(f"{message}, nor in an encoding that can be told: convert it to UTF-8.")
-    return UserError(f"{message}; it looks like {encoding}, convert it: iconv -f {encoding} -t UTF-8 {files}")
+    return UserError(f"{message}; it looks like {encoding}, convert it: {_iconv(f'-f {encoding}', path)}")
+
+
+def _iconv(options: str, path: Path) -> str:
+    """The command that makes a text in UTF-8 of a file, beside it."""
+    plain = Path(path.name.removesuffix(".gz"))
+    old, new = (shlex.quote(str(each)) for each in (path, path.with_name(f"{plain.stem}-utf8{plain.suffix}")))
+    if plain.name != path.name:
+        return f"gunzip -c {old} | iconv {options} -t UTF-8 > {new}"
+    return f"iconv {options} -t UTF-8 {old} > {new}"
 
 
 def _encoding_of(begin: bytes, sample: bytes) -> str | None:
