@@ -138,6 +138,36 @@ def test_products_split_over_threads_are_the_networks_own(kind, rows, threads):
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_weights_in_8_bits_write_nearly_the_same(kind, rows):
+    model = make(kind, n_layer=2, n_embd=256, vocab_size=1031, initializer_range=0.05)
+    ids, seen = torch.randint(1031, (rows, 4)), []
+    for int8 in (False, True):
+        logits = []
+
+        def fixed(row, logits=logits):
+            logits.append(row)
+            return torch.full((rows,), len(logits))
+
+        with torch.inference_mode():
+            list(make_decoder(model, fixed, rows, 16, int8).continue_(ids, 6))
+        seen.append(torch.stack(logits[1:]))  # the first are the forward's
+    error = (seen[1] - seen[0]).std() / seen[0].std()
+    assert 1e-4 < error < 0.05
+    first = written(model, ids, 8, temperature=0, int8=True)
+    model.transformer.h[0].attn.c_attn.weight.data.mul_(-1)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)  # what was rounded before must not be used
+    assert not torch.equal(written(model, ids, 8, temperature=0, int8=True), first)
+
+
+def test_weights_in_8_bits_are_for_our_models():
+    theirs = GPT2LMHeadModel(GPT2Config(**SIZES)).eval()
+    with pytest.raises(ValueError, match="weights of 8 bits need a CPU"):
+        make_decoder(theirs, Sampler(theirs), 1, 1, int8=True)
+
+
 def test_gpt2_of_transformers_goes_through_its_own_forward():
     ours = make("gpt2")
     theirs = GPT2LMHeadModel(GPT2Config(**SIZES)).eval()
@@ -240,5 +270,6 @@ def test_the_benchmark_measures_every_variant(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["variant"] for row in rows] == ["transformers", "ours, gpt2", "ours, qwen3"]
+    measured = [row["variant"] for row in rows]
+    assert measured[:3] == ["transformers", "ours, gpt2", "ours, qwen3"] and measured[-1] == "ours, gpt2 int8"
     assert all(row["tokens_per_s"] > 0 for row in rows) and "ours, gpt2 / transformers" in done.stdout

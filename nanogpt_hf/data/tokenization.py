@@ -101,11 +101,16 @@ def extend_tokenizer(
         UserError: the tokenizer is not a byte-level BPE.
     """
     backend = tokenizer.backend_tokenizer
-    if not _splits_words(backend) or not isinstance(backend.model, models.BPE):
+    spec = json.loads(backend.to_str())
+    splitter = spec["pre_tokenizer"] or {"type": None}
+    last = splitter.get("pretokenizers", [splitter])[-1]
+    if last["type"] != "ByteLevel" or not isinstance(backend.model, models.BPE):
         raise UserError(
             "--extend_vocabulary needs a base with a byte-level BPE as GPT-2's, which this base's tokenizer is not."
         )
-    splits = (backend.pre_tokenizer.pre_tokenize_str(piece) for text in texts for piece in pieces(text))
+    normalize = backend.normalizer.normalize_str if backend.normalizer else str
+    parts = (normalize(piece) for text in texts for piece in pieces(text))
+    splits = map(backend.pre_tokenizer.pre_tokenize_str, parts)
     words = Counter(word for split in splits for word, _ in split)
     letters = {
         word: "".join(chr(FIRST_LETTER + t.id) for t in backend.model.tokenize(word)) for word in words
@@ -123,7 +128,6 @@ def extend_tokenizer(
         return "".join(backend.id_to_token(ord(letter) - FIRST_LETTER) or "" for letter in token)
 
     merges = [tuple(map(spell, pair)) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    spec = json.loads(backend.to_str())
     # Special tokens too: those that the vocabulary lacks would come after the new ones.
     known = spec["model"]["vocab"] = backend.get_vocab()
     first = max(known.values()) + 1
@@ -134,6 +138,7 @@ def extend_tokenizer(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        chat_template=tokenizer.chat_template,
         **tokenizer.special_tokens_map,
     )
 

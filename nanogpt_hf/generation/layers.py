@@ -6,6 +6,7 @@ Shapes: B rows, C channels, I inputs and O outputs of a projection.
 import math
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ def plain(module: nn.Module, int8: bool = False) -> Layer:
         return module
     weight, bias, transposed = module.weight, module.bias, type(module) is Conv1D
     if int8 and weight.numel() >= INT8_FROM:
-        return _product_in_8_bits(weight.T if transposed else weight, bias)
+        return _product_in_8_bits(module, transposed)
     split = weight.device.type == "cpu" and weight.numel() >= SPLIT_FROM and torch.get_num_threads() > 1
     if transposed:
         return _split_by_inputs(weight, bias) if split else partial(torch.addmm, bias, mat2=weight)
@@ -88,15 +89,23 @@ def _split_by_outputs(weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
     return product
 
 
+# Of modules: the state of their weights, and those in 8 bits. A text is written in less time than rounding them takes.
+_ROUNDED: WeakKeyDictionary = WeakKeyDictionary()
+
+
 def round_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix (O I) as int8 of the same shape and a bfloat16 scale for every output (O)."""
     scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous(), scale
 
 
-def _product_in_8_bits(weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
-    """x (B I) @ weight (O I) transposed + bias (O), the weights in int8, x and the product rounded to bfloat16."""
-    rounded, scale = round_to_8_bits(weight.detach())
+def _product_in_8_bits(module: Conv1D | nn.Linear, transposed: bool) -> Layer:
+    """The module's product with its weights in int8, x and the product rounded to bfloat16."""
+    weight, bias = module.weight.detach(), module.bias
+    state = (weight.data_ptr(), weight._version)
+    if _ROUNDED.get(module, (None,))[0] != state:
+        _ROUNDED[module] = state, *round_to_8_bits(weight.T if transposed else weight)
+    _, rounded, scale = _ROUNDED[module]
 
     def product(x: torch.Tensor) -> torch.Tensor:
         y = torch._weight_int8pack_mm(x.bfloat16(), rounded, scale).to(x.dtype)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 from huggingface_hub import ModelCard, constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from tokenizers import decoders, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from ..common.errors import UserError
@@ -83,13 +84,14 @@ def _convert(gguf: Path, folder: Path, name: str | None) -> None:
             if key.startswith("general.")
         }
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        tokenizer = _plain_bytes(AutoTokenizer.from_pretrained(**place))
     except Exception as error:  # as many kinds as a damaged file has
         hint = " (pip install gguf)" if isinstance(error, ImportError) else ""
         raise UserError(f"the weights in {gguf} cannot be read: {first_line(error)}{hint}.") from error
     # As it comes it counts as quantised, which cannot be saved.
     config = model.config.to_dict()
-    config.pop("quantization_config", None)
+    for own in ("quantization_config", "_model_name_or_path"):
+        config.pop(own, None)
     plain = type(model)(type(model.config).from_dict(config))
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
@@ -97,6 +99,14 @@ def _convert(gguf: Path, folder: Path, name: str | None) -> None:
         plain.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(_card(gguf, fields, name), encoding="utf-8")
+
+
+def _plain_bytes(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Without the parts of Llama 2's tokenizer that transformers before 5.2x puts around a byte-level BPE."""
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        backend.normalizer, backend.decoder = None, decoders.ByteLevel()
+    return tokenizer
 
 
 def _card(gguf: Path, fields: dict[str, Any], name: str | None) -> str:

@@ -54,7 +54,7 @@ LOADING = {
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline\n\n"
         "tokenizer = AutoTokenizer.from_pretrained({name})\n"
-        "model = AutoModelForCausalLM.from_pretrained({base}{trust})\n{resize}"
+        "model = AutoModelForCausalLM.from_pretrained({base}{trust}){where}\n{resize}"
         "model = PeftModel.from_pretrained(model, {name})\n"
         "model.generation_config = GenerationConfig.from_pretrained({name})\n"
         'generate = pipeline("text-generation", model, tokenizer=tokenizer)\n'
@@ -264,6 +264,7 @@ def _base_fields(base: str, facts: dict, settings: dict) -> dict[str, str]:
     """How an adapter's card loads its base: by the Hub's name where it has one, else by that of its folder."""
     return {
         "base": json.dumps(facts.get("hub_id") or base, ensure_ascii=False),
+        "where": "" if facts.get("hub_id") or _is_hub_id(base) else "  # the folder of the base",
         "trust": ", trust_remote_code=True" if facts.get("model_type") == "nanogpt" else "",
         "resize": "model.resize_token_embeddings(len(tokenizer))\n"
         if settings.get("extend_vocabulary")

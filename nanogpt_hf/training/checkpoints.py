@@ -11,6 +11,7 @@ import copy
 import json
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -33,6 +34,7 @@ from ..common import files
 from ..common.errors import UserError
 from ..common.files import delete_at_once, folder_written_whole
 from ..common.text import first_line
+from ..model import NanoGPTForCausalLM
 from ..model.configuration_nanogpt import FORMER_NAMES
 
 NEEDED = ("optimizer.safetensors", "progress.json")  # the weights' file has several names
@@ -167,9 +169,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             if not wrong:
                 set_peft_model_state_dict(model, weights)
         else:
-            state = load_file(path)
-            tied = {key: name for key, name in (model._tied_weights_keys or {}).items() if name in state}
-            state = {key: state[name] for key, name in tied.items()} | state
+            state = _saved_state(model, path)
             wrong = state.keys() ^ model.state_dict().keys()
             if not wrong:
                 set_model_state_dict(model, state, options=FULL)
@@ -177,6 +177,19 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{path} cannot be loaded into this model ({first_line(error)}).") from error
     if wrong:
         raise UserError(f"{path} holds the weights of another model ({min(wrong)}).")
+
+
+def _saved_state(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a file under the names that the model has for them."""
+    state = load_file(path)
+    tied = {key: name for key, name in (model._tied_weights_keys or {}).items() if name in state}
+    state = {key: state[name] for key, name in tied.items()} | state
+    own_class = type(_under_its_own_class(model))
+    if state.keys() != model.state_dict().keys() and own_class is not NanoGPTForCausalLM:
+        # Some classes of transformers save under other names than they compute with, and know them when they load.
+        with suppress(ValueError):
+            return own_class.from_pretrained(path.parent, use_safetensors=True).state_dict()
+    return state
 
 
 def _unwrapped(optimizers: Iterable[Any]) -> list[torch.optim.Optimizer]:
