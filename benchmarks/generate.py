@@ -59,7 +59,9 @@ class GenerateSettings:
     repeats: int = setting(3, "timed calls of each; on a GPU the peers are timed once")
     use_cpu: bool = setting(False, "leave a GPU alone")
     loss_of: str | None = setting(None, "a model whose loss to measure in float32 and with weights in 8 bits")
-    corpus: str = setting("tiny_shakespeare", "for --loss_of: the text, of which the validation split is read")
+    corpus: str = setting(
+        "tiny_shakespeare", "for --loss_of: the text, of which the validation split is read"
+    )
     windows: int = setting(20, "for --loss_of: how many windows of 256 tokens to read")
     output: str | None = setting(None, "file for the results in JSON")
 
@@ -114,7 +116,9 @@ def make_ctranslate2(config: GPT2Config, int8: bool) -> Callable[[torch.Tensor, 
         converter = ctranslate2.converters.TransformersConverter(f"{folder}/plain")
         converter.convert(f"{folder}/converted", quantization="int8" if int8 else None)
         generator = ctranslate2.Generator(
-            f"{folder}/converted", intra_threads=torch.get_num_threads(), compute_type="int8" if int8 else "float32"
+            f"{folder}/converted",
+            intra_threads=torch.get_num_threads(),
+            compute_type="int8" if int8 else "float32",
         )
 
     def write(ids: torch.Tensor, count: int) -> None:

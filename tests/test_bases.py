@@ -124,7 +124,9 @@ def test_an_adapter_on_any_base_learns_loads_with_peft_and_merges(kind, places, 
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
     assert merged.config.model_type == kind
     torch.testing.assert_close(logits(merged), logits(ours), atol=1e-4, rtol=0)
-    assert not torch.allclose(logits(ours), logits(load_causal_lm(str(places / kind), torch.float32)), atol=1e-3)
+    assert not torch.allclose(
+        logits(ours), logits(load_causal_lm(str(places / kind), torch.float32)), atol=1e-3
+    )
     assert len(generate_text(ours, tokenizer, "Мой", max_new_tokens=5, seed=1)) == 1
 
 
@@ -144,7 +146,9 @@ def test_all_weights_of_any_base_learn_and_a_stopped_run_ends_as_one(kind, place
     assert run("share.py", "--model", whole, "--output_dir", tmp_path / "plain") == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert theirs.config.model_type == kind
-    torch.testing.assert_close(logits(theirs), logits(load_model_and_tokenizer(str(whole))[0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logits(theirs), logits(load_model_and_tokenizer(str(whole))[0]), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.slow
@@ -190,7 +194,9 @@ def test_masks_are_left_out_where_nothing_changes(kind):
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=0)
     changed = ids().clone()
     changed[0, -1] += 1
-    torch.testing.assert_close(model(changed).logits[:, :-1], logits(model)[:, :-1])  # it sees nothing to come
+    torch.testing.assert_close(
+        model(changed).logits[:, :-1], logits(model)[:, :-1]
+    )  # it sees nothing to come
 
 
 def test_context_by_whatever_name():
@@ -212,11 +218,19 @@ def test_muon_gets_the_projections_alone(kind, places):
 @pytest.mark.parametrize(
     "kind, words, expected",
     [
-        ("llama", "attention", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}),
+        (
+            "llama",
+            "attention",
+            {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"},
+        ),
         ("llama", "mlp", {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
         ("llama", "q_proj", {"q_proj"}),
         ("gpt_neox", "attention", {"attention.query_key_value", "attention.dense"}),
-        ("mamba", "all", {"mixer.in_proj", "mixer.x_proj"}),  # dt_proj only lends its weight, peft refuses out_proj
+        (
+            "mamba",
+            "all",
+            {"mixer.in_proj", "mixer.x_proj"},
+        ),  # dt_proj only lends its weight, peft refuses out_proj
     ],
 )
 def test_what_is_adapted(kind, words, expected, places):
@@ -283,7 +297,13 @@ def test_the_lines_of_an_adapters_card_load_it_for_a_stranger(kind, places, tmp_
     x = encode(load_tokenizer(str(folder)), POEMS)[:30].tolist()
     (tmp_path / "reader.py").write_text(READER, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", tmp_path / "reader.py", json.dumps([block, [x], str(tmp_path / "answer")])],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            tmp_path / "reader.py",
+            json.dumps([block, [x], str(tmp_path / "answer")]),
+        ],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -300,7 +320,9 @@ def test_to_write_with_an_adapter_is_merged_and_held_in_our_class(places, tmp_pa
     folder = finetune(places, "llama", tmp_path / "run")
     model, tokenizer = load_model_and_tokenizer(str(folder), to_write=True)
     assert type(model) is NanoGPTForCausalLM and model.config.architecture == "llama"
-    torch.testing.assert_close(logits(model), logits(load_model_and_tokenizer(str(folder))[0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits(model), logits(load_model_and_tokenizer(str(folder))[0]), atol=1e-4, rtol=0
+    )
     assert len(generate_text(model, tokenizer, "Мой", max_new_tokens=5, seed=1)[0]) > 0
 
 
