@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTForSequenceClassification
+from nanogpt_hf.analysis.comparison import measure
+from nanogpt_hf.data.corpora import load_corpus
 from nanogpt_hf.data.tokenization import train_char_tokenizer
 
 TEXT = (
@@ -64,6 +67,23 @@ def test_peft_is_told_when_it_is_imported_and_not_before():
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- lm-eval ---
+
+
+@pytest.mark.parametrize("length", [40, 64, 129, 10 * len(TEXT)])
+def test_lm_eval_has_the_same_bits_per_byte(length, tokenizer, tmp_path, own_accelerate_state):
+    harness = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    instance = pytest.importorskip("lm_eval.api.instance")
+    model, text = make("qwen3", tokenizer), (TEXT * 10)[:length]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    corpus = load_corpus(str(tmp_path / "text.txt"), validation_split_percentage=100)
+    ours = measure(model, tokenizer, corpus, Accelerator(cpu=True))["bits_per_byte"]
+    theirs = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    asked = instance.Instance("loglikelihood_rolling", {}, (text,), 0)
+    (logarithm,) = theirs.loglikelihood_rolling([asked], disable_tqdm=True)
+    assert ours == pytest.approx(-logarithm / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 # --- texts packed into a row ---

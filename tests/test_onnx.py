@@ -32,7 +32,7 @@ pytest.importorskip("onnx", reason="onnx is not installed (extra onnx)")
 
 MODULES = os.environ.get("NANOGPT_HF_NODE_MODULES")
 needs_node = pytest.mark.skipif(
-    not (MODULES and shutil.which("node")),
+    not (MODULES and Path(MODULES, "@huggingface/transformers").is_dir() and shutil.which("node")),
     reason="NANOGPT_HF_NODE_MODULES names no node_modules with @huggingface/transformers, or there is no node",
 )
 SIZES = dict(vocab_size=96, bos_token_id=0, eos_token_id=0)

@@ -159,14 +159,15 @@ class TokenStream:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and next tokens, each B T, of these windows.
 
-        A next token is -100 past the end of the stream, and where an earlier window has it already.
+        A next token is -100 past the end of the stream, and where an earlier window has it already. With a stride the
+        last window ends where the stream does, so that it is as long as the others, as in EleutherAI's lm-eval.
         """
-        stride = stride or self.block_size
-        offsets = np.arange(self.block_size + 1)
-        index = numbers[:, None] * stride + offsets
-        block = self._blocks(numbers * stride)
-        elsewhere = (index >= len(self.ids)) | (
-            (numbers[:, None] > 0) & (offsets <= self.block_size - stride)
-        )
+        step = stride or self.block_size
+        starts, had = numbers * step, (numbers - 1) * step + self.block_size
+        if stride:
+            starts = np.minimum(starts, len(self.ids) - 1 - self.block_size)
+        index = starts[:, None] + np.arange(self.block_size + 1)
+        elsewhere = (index >= len(self.ids)) | ((numbers > 0)[:, None] & (index <= had[:, None]))
+        block = self._blocks(starts)
         y = block[:, 1:].masked_fill(torch.from_numpy(elsewhere[:, 1:]).to(self.device), -100)
         return block[:, :-1].contiguous(), y

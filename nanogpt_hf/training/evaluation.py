@@ -123,7 +123,8 @@ def evaluate_split(
             and not predicted.
         batch_size: windows a process computes at once; fewer where their logits would take more than 1 GiB.
         stride: tokens from one window to the next. Less than T makes windows overlap, so that every token is
-            predicted from at least T - stride before it, where there are so many; the default is T.
+            predicted from at least T - stride before it, where there are so many, in the last window too. Without
+            any they stand side by side, and the last is as short as the stream leaves it.
     """
     nats = torch.zeros((), dtype=torch.float64 if stream.device.type != "mps" else torch.float32)
     # As many for each, since FSDP2 computes in step; a window past the end counts nothing.
