@@ -160,6 +160,11 @@ def test_a_conversation_is_learned_where_the_assistant_speaks(tokenizer, tmp_pat
     said = "three.<|endoftext|>four.<|endoftext|>"
     assert own.decode(ids[learned]) == said
     assert ids.tolist() == own.apply_chat_template(CHAT, return_dict=False)
+    own.save_pretrained(tmp_path)
+    asked = own.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
+    reader = AutoTokenizer.from_pretrained(tmp_path)
+    answer = reader.parse_response("three.<|endoftext|>", prefix=asked)  # as transformers serve does
+    assert answer == {"role": "assistant", "content": "three."}
     own.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="writes a conversation anew"):
         render(own, CHAT)

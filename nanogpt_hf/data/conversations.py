@@ -249,6 +249,15 @@ def encode_row(tokenizer: PreTrainedTokenizerFast, row: Row) -> Example:
     return Example(ids, np.repeat([learned for _, learned in parts], [len(ids) for ids, _ in parts]))
 
 
+def response_template(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What of a model's text is its answer, as `transformers serve` is told; it takes any qwen3's for Qwen's own chat."""
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor": MARKS[ROLES.index("assistant")],
+        "fields": {"content": {"close": tokenizer.eos_token, "content": "text"}},
+    }
+
+
 def add_chat_template(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Give a tokenizer without a chat template ours, and the marks of the roles as special tokens.
 
@@ -260,5 +269,6 @@ def add_chat_template(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([mark for mark in MARKS if mark not in known], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.response_template = response_template(tokenizer)
     ids: list[Any] = [tokenizer.convert_tokens_to_ids(mark) for mark in MARKS]
     return [id for id in ids if id not in known.values()]
