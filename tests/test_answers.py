@@ -129,7 +129,11 @@ def test_a_model_that_is_deleted_goes_on_writing_and_has_no_run(folders, tmp_pat
     assert card.strip() == "# The card\n\n\n\nA model."
     shutil.rmtree(folder)
     curve, card = answers.run("gone")
-    assert curve == "" and "gone has no curve or no card here" in card
+    assert (
+        curve == ""
+        and "gone has no curve or no card that can be read here" in card
+        and str(tmp_path) not in card
+    )
     assert [*answers.write(["gone"], "М", SamplingSettings(max_new_tokens=5, seed=1))][-1].tokens == 5
 
 

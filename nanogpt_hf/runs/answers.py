@@ -13,7 +13,7 @@ from ..analysis.html_page import escaped
 from ..analysis.surprisal import ALTERNATIVES, coloured, legend, mean_words, scale_of, surprisal
 from ..analysis.verse_page import LEGEND, article_of
 from ..common.errors import UserError
-from ..common.text import first_line, printable
+from ..common.text import printable
 from ..generation.sampling_settings import SamplingSettings
 from ..generation.writer import Prompt, Writer, as_text, written_on
 from ..verse.scansion import FORMS, scan
@@ -171,8 +171,8 @@ class Answers:
             picture = base64.b64encode((folder / "loss_curve.png").read_bytes()).decode()
             curve = f'<img class="curve" alt="loss over the steps" src="data:image/png;base64,{picture}">'
             card = (folder / "README.md").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            card = f"{printable(name)} has no curve or no card here: {first_line(error)}."
+        except (OSError, UnicodeDecodeError):  # whose words name a place on this machine to whoever visits
+            card = f"{printable(name)} has no curve or no card that can be read here."
         # Without what only the Hub reads.
         return curve, re.sub(r"\A---\n.*?\n---\n|!\[[^]]*\]\(loss_curve\.png\)", "", card, flags=re.S)
 
