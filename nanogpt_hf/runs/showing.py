@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -20,16 +20,16 @@ from ..sharing.model_card import make_card
 from ..training.reporting import draw_loss_curve, read_metrics, say
 
 SMALL = 2**28  # bytes of weights, of which a second model surely fits beside the one that trains
-SHARE_OF_TIME = 0.01
+SHARE_OF_TIME = 0.03
 
 
 class Showing:
     """Writes card, loss curve and samples of a model: what a person looks at.
 
-    None of them may cost a run anything: what fails is left out with a sentence. While a run goes on, samples are left
-    out once they have taken SHARE_OF_TIME of its time, and where the model is so large that a second one might not fit
-    beside it; card and loss curve together once they have taken as much. --sample_on_eval wants all of them every time,
-    or, false, no samples before the end.
+    None of them may cost a run anything: what fails is left out with a sentence. While a run goes on, one short sample
+    is written, not where the model is so large that a second one might not fit beside it; and each of sample and card
+    with loss curve only where writing it takes at most SHARE_OF_TIME of the time since it was written last.
+    --sample_on_eval wants all of them every time, or, false, no samples before the end.
 
     Attributes:
         ended: whether the run has come to its end; then nothing is left out.
@@ -40,21 +40,25 @@ class Showing:
         self.run = Path(settings.folder())
         source = settings.model_name_or_path or settings.tokenizer
         self.title = f"{Path(corpus.name).name}, {Path(source).name}"  # without folders of this machine
-        self.started, self.ended = time.perf_counter(), False
-        self.spent = {"samples": 0.0, "card": 0.0}  # seconds
+        self.ended = False
+        # When each was begun and done the last time.
+        self.times = {"samples": (0.0, 0.0), "card": (0.0, 0.0)}
 
     def __call__(self, model: Path, target: Path, last: bool = False) -> None:
         """Write what shows the model in one folder into another."""
-        if (model / "samples.txt").exists():
-            shutil.copy(model / "samples.txt", target)
-        elif self.ended or self._samples_now(model, last):
+        there, now = (model / "samples.txt").exists(), self.ended or self._samples_now(model, last)
+        if now and (last or not there):
             with self._timed("samples"):
                 self._write(
-                    target / "samples.txt", lambda path: path.write_text(self._sample(model), "utf-8")
+                    target / "samples.txt", lambda path: path.write_text(self._sample(model, last), "utf-8")
                 )
             if not self.ended and (target / "samples.txt").exists():
                 say(self.accelerator, *first_lines((target / "samples.txt").read_text("utf-8")))
+        elif there:
+            shutil.copy(model / "samples.txt", target)
         if last or self.settings.sample_on_eval or self._is_cheap("card"):
+            with suppress(Exception):  # a second, once, which says nothing of what the next picture takes
+                import matplotlib.figure  # noqa: F401
             with self._timed("card"):
                 rows = read_metrics(self.run / "metrics.jsonl")
                 self._write(target / "loss_curve.png", lambda path: draw_loss_curve(path, rows, self.title))
@@ -69,18 +73,20 @@ class Showing:
         return sum(path.stat().st_size for path in model.glob("*.safetensors")) <= SMALL
 
     def _is_cheap(self, what: str) -> bool:
-        return self.spent[what] <= SHARE_OF_TIME * (time.perf_counter() - self.started)
+        begun, done = self.times[what]
+        return done - begun <= SHARE_OF_TIME * (time.perf_counter() - begun)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
-        self.spent[what] += time.perf_counter() - begun
+        self.times[what] = begun, time.perf_counter()
 
-    def _sample(self, folder: Path) -> str:
+    def _sample(self, folder: Path, last: bool) -> str:
         # Whole, where the one that trains may be sharded.
         model, tokenizer = load_model_and_tokenizer(str(folder), to_write=True)
-        return sample(model.to(self.accelerator.device), tokenizer, self.settings.seed)
+        amount = {} if last else {"texts": 1, "tokens": 200}
+        return sample(model.to(self.accelerator.device), tokenizer, self.settings.seed, **amount)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         written_if_possible(path, write, tell=lambda line: say(self.accelerator, line))
@@ -92,9 +98,11 @@ def first_lines(samples: str, count: int = 2) -> list[str]:
     return [f"  {line[:100]}" for line in lines[:count]]
 
 
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int, texts: int = 3, tokens: int = 500
+) -> str:
     samples = generate_text(
-        model, tokenizer, "\n", num_return_sequences=3, max_new_tokens=500, temperature=0.8, seed=seed
+        model, tokenizer, "\n", num_return_sequences=texts, max_new_tokens=tokens, temperature=0.8, seed=seed
     )
     return printable("\n\n---\n\n".join(sample.strip() for sample in samples) + "\n")
 
