@@ -28,8 +28,8 @@ from ..training.preferences import Pairs, Preferences
 from ..training.reporting import say
 from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
-from ..verse.line_rewards import LineRewards, scan_lines, spare_cores
 from ..verse.metre import Metre
+from ..verse.rewards import Rewards, scan_lines, spare_cores
 from ..verse.rhyme import Scheme
 from ..verse.scansion import FORMS, Form
 from .finetuning import adapt_base, check_that_others_can_load
@@ -136,7 +136,7 @@ def tune_rewards(settings: RewardSettings) -> Progress:
     form = form_of(settings)
     accelerator, corpus = start(settings)
     processes = spare_cores() if settings.reward_processes is None else settings.reward_processes
-    rewards = LineRewards(
+    rewards = Rewards(
         first_of(form, settings.lines), settings.weights(), settings.guards, corpus.train, processes
     )
     tokenizer, model, base, lines = adapt_base(settings, corpus)
@@ -201,7 +201,7 @@ def rewards_objective(
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
     form: Form,
-    rewards: LineRewards,
+    rewards: Rewards,
 ) -> GroupRelativePolicy:
     """The objective of a run on rewards.
 

@@ -31,7 +31,7 @@ from ..data.token_stream import TokenStream, mix, permute
 from ..data.tokenization import encode
 from ..generation.text import generate_ids
 from ..model.loading import context_length
-from ..verse.line_rewards import LineRewards
+from ..verse.rewards import Rewards
 from .evaluation import evaluate_split
 from .objectives import Batch, Objective
 
@@ -152,7 +152,7 @@ class GroupRelativePolicy(Objective):
         accelerator: Accelerator,
         model: PreTrainedModel,
         write: Writer,
-        rewards: LineRewards,
+        rewards: Rewards,
         prompts: Sequence[str],
         held_out: Sequence[str],
         train: TokenStream,
