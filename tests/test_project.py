@@ -48,7 +48,7 @@ def test_the_tree_in_the_readme_is_the_tree_on_the_disk():
 def test_the_readme_names_every_recipe_and_no_line_is_wider_than_a_page():
     for path in ROOT.glob("recipes/*.py"):
         assert f"`{path.name}`" in README, path.name
-    assert max(map(len, README.splitlines())) <= 130
+    assert max(map(len, README.splitlines())) <= 120
 
 
 class Parsed(Exception):
@@ -62,7 +62,7 @@ def told(recipe, words, monkeypatch):
     spec.loader.exec_module(module)
 
     def read(cls, description, *arguments, **options):
-        raise Parsed(parse(cls, description, words))
+        raise Parsed(parse(cls, description, words, positional=options.get("positional")))
 
     for name in ("parse", "read_settings"):
         if hasattr(module, name):

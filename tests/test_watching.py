@@ -83,7 +83,7 @@ def test_the_curve_goes_on_at_every_evaluation_and_is_always_whole(tmp_path, mon
         if curve.exists():
             content = curve.read_bytes()
             assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
-            seen.append((content, samples.exists()))
+            seen.append((content, samples.read_text(encoding="utf-8")))
         return evaluate(*arguments, **options)
 
     monkeypatch.setattr("nanogpt_hf.training.objectives.evaluate_split", look)
@@ -103,10 +103,10 @@ def test_the_curve_goes_on_at_every_evaluation_and_is_always_whole(tmp_path, mon
     assert len({row["eval_loss"] for row in evaluations}) == 1  # the first is the best: all others only go on
     assert len(seen) == len(evaluations) - 1 >= 4
     assert len({content for content, _ in seen}) == len(seen)
-    assert all(sampled for _, sampled in seen)
-    shown = (folder / "samples.txt").read_text(encoding="utf-8")
-    first = next(line for line in shown.splitlines() if line.strip())
+    first = next(line for line in seen[0][1].splitlines() if line.strip())
     assert f"  {first[:100]}\n" in capsys.readouterr().out
+    assert [text.count("\n---\n") for _, text in seen] == [0] * len(seen)  # one text, and three in the end
+    assert (folder / "samples.txt").read_text(encoding="utf-8").count("\n---\n") == 2
 
 
 def test_what_a_run_of_a_gpu_and_a_tracker_says_of_itself(tmp_path, monkeypatch, capsys):
