@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from nanogpt_hf.data.tokenization import train_char_tokenizer
 SOURCE = Path(os.environ.get("PEFT_TESTS", "/nowhere"), "tests")
 if not SOURCE.is_dir():
     pytest.skip("PEFT_TESTS names no source of peft", allow_module_level=True)
+warnings.simplefilter("default")  # theirs are not ours to mend, from here on
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 def tiny_models() -> list[str]:

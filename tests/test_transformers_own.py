@@ -9,6 +9,7 @@ import os
 import sys
 import types
 import unittest
+import warnings
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,6 +24,8 @@ SOURCE = Path(os.environ.get("TRANSFORMERS_TESTS", "/nowhere"), "tests")
 if not SOURCE.is_dir():
     pytest.skip("TRANSFORMERS_TESTS names no source of transformers", allow_module_level=True)
 pytest.importorskip("parameterized")
+warnings.simplefilter("default")  # theirs are not ours to mend, from here on
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 # What the tests import of folders that the distribution lacks: the tests in those are not run.
