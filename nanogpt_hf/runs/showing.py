@@ -85,8 +85,8 @@ class Showing:
     def _sample(self, folder: Path, last: bool) -> str:
         # Whole, where the one that trains may be sharded.
         model, tokenizer = load_model_and_tokenizer(str(folder), to_write=True)
-        amount = {} if last else {"texts": 1, "tokens": 200}
-        return sample(model.to(self.accelerator.device), tokenizer, self.settings.seed, **amount)
+        amount = (3, self.settings.sample_length) if last else (1, min(200, self.settings.sample_length))
+        return sample(model.to(self.accelerator.device), tokenizer, self.settings.seed, *amount)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         written_if_possible(path, write, tell=lambda line: say(self.accelerator, line))
@@ -99,7 +99,7 @@ def first_lines(samples: str, count: int = 2) -> list[str]:
 
 
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int, texts: int = 3, tokens: int = 500
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int, texts: int, tokens: int
 ) -> str:
     samples = generate_text(
         model, tokenizer, "\n", num_return_sequences=texts, max_new_tokens=tokens, temperature=0.8, seed=seed
@@ -112,7 +112,7 @@ def sample_base(accelerator: Accelerator, settings: RunSettings) -> str | None:
     base = settings.model_name_or_path
     try:
         model, tokenizer = load_model_and_tokenizer(base, to_write=True)
-        return sample(model.to(accelerator.device), tokenizer, settings.seed)
+        return sample(model.to(accelerator.device), tokenizer, settings.seed, 3, settings.sample_length)
     except UserError as error:
         say(accelerator, f"warning: no samples of the base, {first_line(error)}.")
         return None
