@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import TrainingSettings, public_values
+from nanogpt_hf.generation.sampling_settings import SamplingSettings
 
 
 def read(*words, **options):
@@ -93,7 +94,10 @@ def test_help_shows_every_setting_with_its_default(capsys):
     text = capsys.readouterr().out
     assert end.value.code == 0
     assert all(f"--{name}" in text for name in vars(TrainingSettings()))
-    assert "1337" in text
+    assert "1337" in text and "for instance the run.yaml of a run" in " ".join(text.split())
+    with pytest.raises(SystemExit):
+        parse(SamplingSettings, "help", ["--help"])
+    assert "run.yaml" not in capsys.readouterr().out, "it would be refused"
 
 
 def test_null_in_a_file_and_none_on_the_command_line_switch_a_setting_off(tmp_path):

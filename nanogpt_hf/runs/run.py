@@ -99,6 +99,8 @@ def resolve(
         tokens = settings.num_train_epochs * len(corpus.ids("train", tokenizer))
     if hasattr(settings, "vocab_size"):
         changes["vocab_size"] = len(tokenizer)
+        if base := settings.model_name_or_path:  # which brings its own
+            changes["tokenizer"] = base
     if settings.push_to_hub:
         changes["hub_model_id"] = hub_name(settings)
     if asks_for_checkpointing():
