@@ -281,7 +281,6 @@ def test_long_words_are_cut_for_the_trainer_and_other_texts_are_not_changed():
     assert "".join(cut) == "x" * 10**6 + " words as they are" and max(map(len, cut)) <= 2 * LONG_WORD
 
 
-@pytest.mark.parametrize("vocab_size", [1, 256])
 @pytest.mark.parametrize(
     ("kind", "asked", "said"),
     [
@@ -289,7 +288,7 @@ def test_long_words_are_cut_for_the_trainer_and_other_texts_are_not_changed():
         ("bpe", 260, None),
         ("char", 300, "and not --vocab_size 300: it has the text's characters"),
         ("char", TrainingSettings.vocab_size, None),
-        ("tokenizers/tiny_shakespeare-bpe-1024", 300, None),
+        (str(ARTEFACTS / "tiny_shakespeare-bpe-1024"), 300, None),
     ],
 )
 def test_a_vocabulary_of_another_size_than_was_asked_for_is_said(kind, asked, said):
@@ -298,6 +297,7 @@ def test_a_vocabulary_of_another_size_than_was_asked_for_is_said(kind, asked, sa
     assert len(words) == bool(said) and (said or "") in "".join(words)
 
 
+@pytest.mark.parametrize("vocab_size", [1, 256])
 def test_a_vocabulary_without_room_for_the_bytes_is_an_error(vocab_size):
     with pytest.raises(ValueError, match=f"--vocab_size is {vocab_size}, .* at least 257"):
         make_tokenizer("bpe", [TEXT], vocab_size)
