@@ -623,6 +623,8 @@ def test_a_kill_in_the_middle_and_the_same_end(corpus, whole, tmp_path):
     run.wait_for(folder / "checkpoints" / "step-15")
     run.signal(signal.SIGKILL)
     run.wait()
+    delete_left_overs(folder)  # as the next writer does
+    state_of_the_top(folder)
     finished([*words, *GO_ON], log=tmp_path / "log", **PRETRAIN)
     assert digests(folder) == digests(whole) and without_times(metrics(folder)) == without_times(
         metrics(whole)
