@@ -535,15 +535,16 @@ class Client:
         self.folder, self.log = folder, folder / "stderr.txt"
         (folder / "worker.py").write_text(WORKER, encoding="utf-8")
         settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder / "author")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "worker.py"],
-            env=server.env(home=folder / "cache", token=None) | settings,
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "worker.py"],
+                env=server.env(home=folder / "cache", token=None) | settings,
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
 
     def ask(self, code, token="hf_write", **names):
         """(value, error, what was printed) of an expression."""
@@ -559,6 +560,7 @@ class Client:
     def close(self):
         self.process.stdin.close()
         assert self.process.wait(30) == 0
+        self.process.stdout.close()
         assert self.log.read_text(encoding="utf-8") == ""
 
 
