@@ -40,7 +40,7 @@ POEMS = "".join(
     "И лучше выдумать не мог.\nЕго пример другим наука.\n\n"
     for number in range(40)
 )
-RHYTHM = "--max_steps 12 --warmup_steps 2 --eval_steps 6 --save_steps 6 --logging_steps 3 --use_cpu".split()
+RHYTHM = "--max_steps 12 --warmup_steps 2 --eval_steps 6 --save_steps 6 --logging_steps 3 --use_cpu --sample_length 20".split()
 SMALL = [*RHYTHM, "--per_device_train_batch_size", "4", "--document_end", DOCUMENT_ENDS["tiny_pushkin"]]
 
 
