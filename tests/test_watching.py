@@ -16,7 +16,7 @@ from nanogpt_hf.runs import pretraining
 from nanogpt_hf.training import best_model, evaluation
 from nanogpt_hf.training.gpus import flops_per_token
 from nanogpt_hf.training.progress_bar import ProgressBar
-from nanogpt_hf.training.reporting import tracker_words
+from nanogpt_hf.training.reporting import draw_loss_curve, tracker_words
 
 
 class Terminal(io.StringIO):
@@ -107,6 +107,14 @@ def test_the_curve_goes_on_at_every_evaluation_and_is_always_whole(tmp_path, mon
     shown = (folder / "samples.txt").read_text(encoding="utf-8")
     first = next(line for line in shown.splitlines() if line.strip())
     assert f"  {first[:100]}\n" in capsys.readouterr().out
+
+
+def test_a_curve_has_any_name_for_its_title(tmp_path, recwarn):
+    rows = [{"step": 1, "train_loss": 2.0, "eval_loss": 1.0}]
+    for number, name in enumerate(("红楼梦, char", "a\x1b[31m$b_{, char", "$5_$6")):
+        draw_loss_curve(tmp_path / f"{number}.png", rows, name)
+        assert (tmp_path / f"{number}.png").stat().st_size > 0
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_what_a_run_of_a_gpu_and_a_tracker_says_of_itself(tmp_path, monkeypatch, capsys):

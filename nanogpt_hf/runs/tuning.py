@@ -58,7 +58,7 @@ def tune_completions(settings: CompletionSettings) -> Progress:
             settings.n_positions,
             tokenizer.eos_token_id,
             accelerator.device,
-            corpus.name,
+            f"the {split} rows of {corpus.name}",
         )
         for split in ("train", "validation")
     ]
@@ -102,7 +102,7 @@ def tune_preferences(settings: PreferenceSettings) -> Progress:
             settings.n_positions,
             tokenizer.eos_token_id,
             accelerator.device,
-            corpus.name,
+            f"the {split} rows of {corpus.name}",
         )
         for split in ("train", "validation")
     ]
