@@ -23,7 +23,7 @@ from typing import Literal
 
 from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.settings import setting
+from nanogpt_hf.common.settings import Format, setting
 from nanogpt_hf.sharing.export import base_of, export_run
 from nanogpt_hf.sharing.hub import check_push, push, push_space
 from nanogpt_hf.sharing.nanogpt_import import GPT2_TOKENIZER, import_nanogpt
@@ -38,9 +38,7 @@ class ShareSettings:
     )
     hub_model_id: str | None = setting(None, "upload to this name on the Hub, NAME or OWNER/NAME")
     hub_private_repo: bool = setting(False, "make the Hub repository private")
-    hub_format: Literal["auto", "gpt2", "qwen3", "llama", "nanogpt", "gguf", "onnx"] = setting(
-        "auto", "checkpoint format"
-    )
+    hub_format: Format = setting("auto", "checkpoint format")
     quantization: Literal["f32", "bf16", "q8_0"] = setting("f32", "of the matrices of a GGUF")
     merge: bool = setting(False, "merge an adapter into its base")
     output_dir: str | None = setting(None, "write the checkpoint into this folder")

@@ -140,7 +140,9 @@ def test_a_validation_file_that_cannot_be_is_refused(tmp_path, own, says):
 def test_too_little_to_predict_is_refused_with_the_flags_that_help(tmp_path):
     write(tmp_path, {"a.txt": "to be or not to be " * 40, "own.txt": "t"})
     words = training_words(tmp_path / "run", tmp_path / "a.txt", "--validation_file", tmp_path / "own.txt")
-    with pytest.raises(UserError, match="a longer --validation_file or a larger --validation_split_percentage"):
+    with pytest.raises(
+        UserError, match="a longer --validation_file or a larger --validation_split_percentage"
+    ):
         train_here(words)
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -414,16 +415,31 @@ class TestRewards:
     def test_verse_is_worth_more_than_prose(self):
         pytest.importorskip("silero_stress")
         form = Form(scheme=Scheme("AbAb"))
-        for reward in (rewards.metre(form), rewards.rhyme(form), rewards.line_count(form)):
-            values = reward([STANZA, PROSE, ""])
+        for name in rewards.OF_FORM:
+            reward = rewards.Rewards(form, {name: 1}, guards=())
+            values = [lines.mean() for lines in reward.combined(reward.by_name([STANZA, PROSE, ""]))]
             assert values[0] == 1 and 0 <= values[1] < 1 and values[2] == 0
-        assert rewards.line_count(form)(["\n".join([STANZA] * 2), PROSE]) == [0, 0.5]
-        assert rewards.metre(form)([STANZA + "\n" + PROSE]) == [4 / 6]
+        twice, prose, mixed = rewards.line_count(form)(["\n".join([STANZA] * 2), PROSE, f"{STANZA}\n\n…"])
+        assert [*twice] == [0] * 8 and [*prose] == [0.5] * 2 and [*mixed] == [1] * 6
+        assert [*rewards.scan_lines([f"{STANZA}\n{PROSE}"], form)[0].metre] == [1, 1, 1, 1, 0, 0]
+
+    def test_a_stanza_all_on_one_rhyme_has_the_worth_of_one_pair(self):
+        pytest.importorskip("silero_stress")
+        alike = "ночь моя\nдочь моя\nпрочь моя\nточь моя".replace(" моя", "")
+        scanned = rewards.scan_lines([alike], Form(scheme=Scheme("aabb")))[0]
+        assert [*scanned.rhyme] == [0.5] * 4
 
     def test_repetition_is_worth_less(self):
-        assert rewards.variety()(["a b c d", "a b a b", "a a a a a", "a", ""]) == [1, 2 / 3, 1 / 4, 0, 0]
-        distinct = metrics.load("distinct_n").compute(predictions=["a b a b"], n=2)["distinct_n"]
-        assert rewards.variety()(["a b a b"]) == [distinct]
+        texts = ["a b c d", "a e a e", "f f f f f", "a", ""]
+        one, two, three, *short = (lines for (lines,) in rewards.variety(texts))
+        assert (one, two, three, short) == (1, (1 / 2 + 1 + 1 / 2) / 3, 1 / 4, [1, 1])
+        counted = metrics.load("distinct_n").compute(predictions=["a e a e"], n=2)["distinct_n"]
+        assert two == counted
+        assert rewards.variety(["buried"])[0] == 1 and rewards.variety(["buried buried"])[0] == 1 / 2
+
+    def test_words_that_no_text_has_are_worth_nothing(self):
+        (lines,) = rewards.spelling(["Мой дядя, самых честных правил"])(["мой ДЯДЯ!\nдядя дядел\nы\n"])
+        assert [*lines] == [1, 0.5, 0, 0]
 
     @given(
         st.lists(st.text("аб\n😀\ud800", max_size=12), max_size=3),
@@ -434,28 +450,26 @@ class TestRewards:
     def test_copying_is_what_the_metric_calls_it(self, texts, training_texts, window):
         by_hand = []
         for text in texts:
-            windows = [text[start : start + window] for start in range(len(text) - window + 1)]
-            copied = [any(part in training for training in training_texts) for part in windows]
-            by_hand.append(1 - sum(copied) / len(copied) if copied else 1.0)
+            ends = [text[max(0, end - window) : end] for end in range(len(text) + 1)]
+            copied = [len(end) == window and any(end in known for known in training_texts) for end in ends]
+            lines = iter(copied)
+            by_hand.append([1 - mean(next(lines) for _ in f"{line}\n") for line in text.split("\n")])
         if max(map(len, training_texts)) < window:
             with pytest.raises(UserError, match="no training text"):
                 rewards.originality(training_texts, window)
         else:
-            assert rewards.originality(training_texts, window)(texts) == pytest.approx(by_hand)
-
-    def test_the_metric_itself_agrees(self):
-        text, training = STANZA.replace("самых", "очень"), [PROSE, STANZA]
-        share = metrics.load("memorization").compute(predictions=[text], references=training)[
-            "memorized_share"
-        ]
-        assert rewards.originality(training)([text]) == pytest.approx([1 - share])
+            found = [[*lines] for lines in rewards.originality(training_texts, window)(texts)]
+            assert found == [pytest.approx(lines) for lines in by_hand]
 
     def test_a_function_of_ones_own(self, tmp_path, monkeypatch):
         (tmp_path / "my_rewards_of_this_test.py").write_text(
             "def short(text):\n    return 1 / (1 + len(text))\n"
         )
         monkeypatch.chdir(tmp_path)
-        assert rewards.load_reward("my_rewards_of_this_test:short")(["", "a"]) == [1, 0.5]
+        assert rewards.load_reward("my_rewards_of_this_test:short")(["", "a\n"]) == [
+            [1],
+            pytest.approx([1 / 3, 1 / 3]),
+        ]
 
     @pytest.mark.parametrize(
         "name, message",
@@ -483,29 +497,33 @@ class TestRewards:
         with pytest.raises(UserError, match="finite number"):
             rewards.of_each_text(lambda text: value)(["a"])
 
-    def test_several_are_weighed(self):
-        lengths, ones = rewards.of_each_text(len), rewards.of_each_text(lambda text: 1)
-        both = rewards.Weighted({"length": (3, lengths), "one": (1, ones)})
-        assert both.by_name(["", "ab"]) == {"length": [0, 2], "one": [1, 1]}
-        assert both(["", "ab"]) == [0.25, 1.75]
-        assert both([]) == []
+    def test_several_are_weighed_and_a_guard_lets_nothing_make_up_for_it(self, tmp_path, monkeypatch):
+        (tmp_path / "ones_of_this_test.py").write_text("one = lambda text: 1\nlength = len\n")
+        monkeypatch.chdir(tmp_path)
+        weights = {"ones_of_this_test:one": 1, "ones_of_this_test:length": 3}
+        both = rewards.Rewards(Form(), weights, guards=())
+        assert (
+            both.combined(both.by_name(["", "ab"])) == [[0.25], [1.75]]
+            and both.combined(both.by_name([])) == []
+        )
+        known = ["Мой дядя самых честных правил\nКогда не в шутку"]
+        guarded = rewards.Rewards(Form(), {"ones_of_this_test:one": 1}, rewards.GUARDS, known)
+        given = guarded.by_name([*known, "дядя дядя", "правил мой"])
+        (_, copied), (repeated,), (good,) = guarded.combined(given)
+        assert (
+            copied == 0 and repeated == 0.5 and good == 1 and {*given} == {*guarded.weights, *rewards.GUARDS}
+        )
 
-    def test_a_guard_lets_nothing_make_up_for_it(self):
-        ones = rewards.of_each_text(lambda text: 1)
-        copying = rewards.originality(["Мой дядя самых честных правил"])
-        guarded = rewards.Weighted({"one": (1, ones)}, {"variety": rewards.variety(), "originality": copying})
-        assert guarded(["дядя самых честных правил", "раз раз раз", "когда не в шутку занемог"]) == [
-            0,
-            0.5,
-            1,
-        ]
-        assert list(guarded.by_name([""])) == ["one", "variety", "originality"]
-
-    @pytest.mark.parametrize("parts", [{}, {"a": (0, len)}, {"a": (-1, len)}, {"a": (float("nan"), len)}])
-    def test_weights_that_weigh_nothing_are_refused(self, parts):
-        with pytest.raises(UserError, match="above 0"):
-            rewards.Weighted(parts)
-
-    def test_a_reward_is_weighed_or_guards(self):
-        with pytest.raises(UserError, match="'a' is both"):
-            rewards.Weighted({"a": (1, len)}, {"a": len})
+    @pytest.mark.parametrize(
+        "weights, guards, message",
+        [
+            ({}, (), "above 0"),
+            ({"metre": 0}, (), "above 0"),
+            ({"metre": float("nan")}, (), "above 0"),
+            ({"meter": 1}, (), "none of metre"),
+            ({"metre": 1}, ("spell",), "none of originality"),
+        ],
+    )
+    def test_rewards_that_cannot_be_are_refused(self, weights, guards, message):
+        with pytest.raises(UserError, match=message):
+            rewards.Rewards(Form(), weights, guards)

@@ -281,6 +281,10 @@ class HardwareSettings(Settings):
         exclude(self, "bf16", "fp16")
 
 
+CheckpointFormat = Literal["auto", "gpt2", "qwen3", "llama", "nanogpt"]
+Format = Literal[CheckpointFormat, "gguf", "onnx"]  # with what share.py makes of a checkpoint
+
+
 @dataclass(frozen=True)
 class SharingSettings(Settings):
     """Sharing"""
@@ -291,9 +295,7 @@ class SharingSettings(Settings):
         None, "name on the Hub, NAME or OWNER/NAME; default: the run folder's name"
     )
     hub_private_repo: bool = setting(False, "make the Hub repository private")
-    hub_format: Literal["auto", "gpt2", "qwen3", "llama", "nanogpt"] = setting(
-        "auto", "checkpoint format on the Hub"
-    )
+    hub_format: CheckpointFormat = setting("auto", "checkpoint format on the Hub")
 
 
 @dataclass(frozen=True)

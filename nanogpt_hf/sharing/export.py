@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.files import MANIFEST, as_umask_says, check_whole, folder_written_whole
 from ..common.paths import is_hub_id
+from ..common.settings import CheckpointFormat, Format
 from ..common.text import first_line
 from ..data.tokenization import load_tokenizer
 from ..model import NanoGPTConfig, NanoGPTForCausalLM
@@ -29,7 +31,9 @@ from .gguf import export_gguf
 from .model_card import make_card, read_run
 from .onnx import add_onnx, check_onnx
 
-DERIVED = ("gguf", "onnx")  # made of the plain format
+DERIVED = [
+    name for name in get_args(Format) if name not in get_args(CheckpointFormat)
+]  # made of the plain format
 ADAPTER_FILES = (
     "adapter_config.json adapter_model.safetensors generation_config.json tokenizer.json tokenizer_config.json"
 ).split()
@@ -50,15 +54,13 @@ def choose_format(config: PreTrainedConfig, format: str = "auto") -> str:
     plain = family_of(config)
     if format == "auto":
         return plain or "nanogpt"
-    derived = DERIVED if plain else ()
-    if format not in (*FAMILIES, "nanogpt", *DERIVED):
+    if format not in get_args(Format):
+        raise UserError(f"there is no format {format!r}: use one of {', '.join(get_args(Format))}.")
+    possible = ("auto", "nanogpt", *((plain, *DERIVED) if plain else ()))
+    if format not in possible:
         raise UserError(
-            f"there is no format {format!r}: use auto, {', '.join(FAMILIES)}, nanogpt, gguf or onnx."
-        )
-    if format not in (plain, "nanogpt", *derived):
-        raise UserError(
-            f"a model of the {config.architecture} architecture cannot be written in the format {format}: use "
-            f"{f'{plain}, gguf, onnx, ' if plain else ''}nanogpt or auto."
+            f"a model of the {config.architecture} architecture cannot be written in the format {format}: use one of "
+            f"{', '.join(possible)}."
         )
     return format
 

@@ -1,72 +1,112 @@
-"""Rewards of whole texts: what they are worth, in numbers from 0 to 1, many in one call.
+"""What a text in verse is worth: a number for each of its lines, so that what a line did well is not lost in its poem."""
 
-Tuning takes them line by line, and by name: line_rewards.py.
-"""
-
-import dataclasses
-import functools
 import importlib
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ..common.errors import UserError
 from ..common.text import nearest
-from ..metrics.distinct_n import count_ngrams
-from .scansion import Form, scan
+from .scansion import Form, is_verse, scan
+
+OF_FORM = ("metre", "rhyme", "lines")  # what a form says of a text
+GUARDS = ("originality", "variety", "spelling")
+Reward = Callable[
+    [Sequence[str]], list[np.ndarray]
+]  # of texts: a number for each line (split at newlines) of each
 
 
-class Reward(Protocol):
-    def __call__(self, texts: Sequence[str]) -> list[float]:
-        """A number for each text, from 0 for what is not wanted to 1."""
+class Scanned(NamedTuple):
+    """A text's lines (split at newlines): from 0 to 1 of each, whether it is in metre and whether it rhymes."""
+
+    metre: np.ndarray
+    rhyme: np.ndarray
 
 
-def metre(form: Form) -> Reward:
-    """Share of a text's lines that are in metre."""
-    return lambda texts: [poem.metre_share for poem in scan(texts, form)]
+def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
+    """Metre and rhyme of each line. Both lines of a pair that rhymes do; a line of no pair never does.
+
+    Pairs that rhyme with one another too share the worth of one: a stanza all on one rhyme fits any scheme.
+    """
+    found = []
+    for text, poem in zip(texts, scan(texts, form), strict=True):
+        scanned = Scanned(*np.zeros((2, text.count("\n") + 1)))
+        for number, line in zip(poem.numbers, poem.lines, strict=True):
+            scanned.metre[number] = line.in_metre
+        rhymed = [pair for pair in poem.pairs if pair.rhymed]
+        sounds = [poem.lines[pair.first].ending.sounds for pair in rhymed]
+        for pair, own in zip(rhymed, sounds, strict=True):
+            alike = sum(not own.isdisjoint(other) for other in sounds)
+            scanned.rhyme[[poem.numbers[pair.first], poem.numbers[pair.second]]] = 1 / alike
+        found.append(scanned)
+    return found
 
 
-def rhyme(form: Form) -> Reward:
-    """Share of the scheme's pairs that rhyme."""
-    return lambda texts: [poem.rhyme_share for poem in scan(texts, form)]
+class Scanner:
+    """`scan_lines` in as many processes as are given; 0 is this one.
+
+    A word that no text had before goes through the model of stresses: a core reads some 2,000 of them per second.
+    """
+
+    def __init__(self, form: Form, processes: int = 0):
+        self.form, self.processes, self.pool = form, processes, None
+        if processes:
+            self.pool = ProcessPoolExecutor(
+                processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+            )
+
+    def __call__(self, texts: Sequence[str]) -> list[Scanned]:
+        if self.pool is None:
+            return scan_lines(texts, self.form)
+        parts = [texts[start :: self.processes] for start in range(self.processes)]
+        found: list[Any] = [None] * len(texts)
+        for start, part in enumerate(self.pool.map(scan_lines, parts, [self.form] * len(parts))):
+            found[start :: self.processes] = part
+        return found
 
 
 def line_count(form: Form) -> Reward:
     """1 for a text of as many lines as the form's scheme, less for each that is missing or too much, 0 for double."""
     wanted = len(form.scheme.stanza)
-    return lambda texts: [max(0.0, 1 - abs(len(poem.lines) / wanted - 1)) for poem in scan(texts, form)]
 
+    def worth(text: str) -> float:
+        count = sum(map(is_verse, text.split("\n")))
+        return max(0.0, 1 - abs(count / wanted - 1))
 
-def variety(n: int = 2) -> Reward:
-    """Distinct n-grams of words of a text / all (Li et al. 2016): against repetition; 0 if it has none."""
-    counts = functools.partial(count_ngrams, n=n)
-    return lambda texts: [distinct / max(1, total) for distinct, total in (counts([text]) for text in texts)]
+    return of_each_text(worth)
 
 
 def originality(training_texts: Sequence[str], window: int = 20) -> Reward:
-    """Share of a text's windows of so many characters that no training text holds: against copying.
-
-    1 - the metric memorization's memorized_share of the one text, but for a collision of hashes (64 bits).
+    """1 - the share of a line's characters, its newline among them, that end so many characters copied in one piece.
 
     Raises:
         UserError: no training text is as long as a window.
     """
-    known = np.unique(
-        np.concatenate([np.zeros(0, np.uint64), *(windows(text, window) for text in training_texts)])
-    )
+    hashes = [windows(text, window) for text in training_texts]
+    known = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
     if not known.size:
         raise UserError(f"there is no training text of {window} characters or more to tell copies from.")
 
-    def share(text: str) -> float:
+    def shares(text: str) -> np.ndarray:
         own = windows(text, window)
-        found = known[np.searchsorted(known[:-1], own)] == own
-        return 1.0 - float(found.mean()) if found.size else 1.0
+        copied = np.zeros(len(text) + 1)
+        copied[window : window + len(own)] = known[np.searchsorted(known[:-1], own)] == own
+        ends = np.cumsum([len(line) + 1 for line in text.split("\n")])
+        parts = np.split(copied, ends[:-1])
+        return np.array([1 - part.mean() if part.size else 1.0 for part in parts])
 
-    return lambda texts: [share(text) for text in texts]
+    return lambda texts: [shares(text) for text in texts]
 
 
 def windows(text: str, width: int) -> np.ndarray:
@@ -79,25 +119,68 @@ def windows(text: str, width: int) -> np.ndarray:
     return hashes
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without what stands between them: no sign makes an old word a new one."""
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+def variety(texts: Sequence[str]) -> list[np.ndarray]:
+    """Of each line, how new its pairs of words are to the texts together, times how new its long words are to its text.
+
+    A pair that occurs n times is worth 1 / n, so that the sum over all pairs is the number of different ones: what
+    distinct-2 counts (Li et al. 2016). A word of four letters or more that its text repeats m times is worth 1 / m.
+    """
+    lines = [[words_of(line) for line in text.split("\n")] for text in texts]
+    pairs = Counter(pair for text in lines for line in text for pair in pairwise(line))
+    found = []
+    for text in lines:
+        long = Counter(word for line in text for word in line if len(word) > 3)
+        found.append(
+            np.array([_mean_of_shares(pairs, pairwise(line)) * _mean_of_shares(long, line) for line in text])
+        )
+    return found
+
+
+def _mean_of_shares(counts: Counter, things: Iterable) -> float:
+    """The mean of 1 / count over the things that were counted; 1 without any."""
+    shares = [1 / counts[thing] for thing in things if thing in counts]
+    return sum(shares) / len(shares) if shares else 1.0
+
+
+def spelling(training_texts: Sequence[str]) -> Reward:
+    """Share of a line's words that some training text has: against words that are made up to fit."""
+    known = {word for text in training_texts for word in words_of(text)}
+
+    def share(line: str) -> float:
+        words = words_of(line)
+        return sum(word in known for word in words) / max(1, len(words))
+
+    return lambda texts: [np.array([share(line) for line in text.split("\n")]) for text in texts]
+
+
 def of_each_text(function: Callable[[str], float]) -> Reward:
-    """A function of one text as a reward.
+    """A function of one text as a reward of each of its lines.
 
     Raises UserError, at a call, for what is not a finite number.
     """
 
-    def reward(texts: Sequence[str]) -> list[float]:
+    def reward(texts: Sequence[str]) -> list[np.ndarray]:
         values = [function(text) for text in texts]
         for value in values:
             if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
                 name = getattr(function, "__name__", function)
                 raise UserError(f"the reward {name} gave {value!r} for a text: it must be a finite number.")
-        return [float(value) for value in values]
+        return [
+            np.full(text.count("\n") + 1, float(value)) for text, value in zip(texts, values, strict=True)
+        ]
 
     return reward
 
 
 def load_reward(name: str) -> Reward:
-    """The reward "module:function": a Python function of one text to a number. The current folder is searched too.
+    """The reward "module:function": a Python function of one text to a number, given to each line of the text.
+
+    The current folder is searched too.
 
     Raises:
         UserError: there is no such module, or no such function in it.
@@ -124,38 +207,64 @@ def load_reward(name: str) -> Reward:
     return of_each_text(function)
 
 
-@dataclasses.dataclass(frozen=True)
-class Weighted:
-    """Several rewards as one: the mean of some by weight, times each of the guards.
+@dataclass
+class Rewards:
+    """Several rewards as one: their mean by weight, times each of the guards.
 
-    parts: name -> weight and reward.
-    guards: name -> reward. What they give 0, as `originality` a copy, is worth 0, however good it is otherwise.
+    weights: name -> weight; metre, rhyme, lines, or a function of a text as module:function.
+    guards: of `GUARDS`. What they give 0, as originality a copy, is worth 0, however good it is otherwise.
+    processes: that scan; 0 is this one.
 
-    Raises UserError without parts, for a weight that is not above 0, or for a name in both.
+    Raises UserError for an unknown name, or for weights that are not above 0.
     """
 
-    parts: Mapping[str, tuple[float, Reward]]
-    guards: Mapping[str, Reward] = dataclasses.field(default_factory=dict)
+    form: Form
+    weights: Mapping[str, float]
+    guards: Sequence[str] = GUARDS
+    training_texts: Sequence[str] = field(default=(), repr=False)
+    processes: int = 0
 
     def __post_init__(self) -> None:
-        if not self.parts or not all(0 < weight < math.inf for weight, _ in self.parts.values()):
-            weights = {name: weight for name, (weight, _) in self.parts.items()}
-            raise UserError(f"the weights of the rewards are {weights}: each must be a number above 0.")
-        if both := self.parts.keys() & self.guards.keys():
-            raise UserError(f"the reward {min(both)!r} is both weighed and a guard: leave one of them out.")
+        if not self.weights or not all(0 < weight < math.inf for weight in self.weights.values()):
+            raise UserError(f"the weights of the rewards are {dict(self.weights)}: each must be above 0.")
+        for name in self.weights:
+            if name not in OF_FORM and ":" not in name:
+                raise UserError(
+                    f"the reward {name!r} is none of {', '.join(OF_FORM)}, and not module:function either."
+                )
+        if unknown := set(self.guards) - set(GUARDS):
+            raise UserError(f"the guard {min(unknown)!r} is none of {', '.join(GUARDS)}.")
+        self.scan = Scanner(self.form, self.processes)
+        self.others = {name: load_reward(name) for name in self.weights if ":" in name}
+        if "lines" in self.weights:
+            self.others["lines"] = line_count(self.form)
+        if "originality" in self.guards:
+            self.others["originality"] = originality(self.training_texts)
+        if "variety" in self.guards:
+            self.others["variety"] = variety
+        if "spelling" in self.guards:
+            self.others["spelling"] = spelling(self.training_texts)
 
-    def __call__(self, texts: Sequence[str]) -> list[float]:
-        return self.combined(self.by_name(texts))
+    def by_name(self, texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
+        """What each reward gives each line of each text."""
+        found = {name: reward(texts) for name, reward in self.others.items()}
+        if {"metre", "rhyme"} & self.weights.keys():
+            found |= dict(zip(Scanned._fields, map(list, zip(*self.scan(texts), strict=True)), strict=True))
+        return found
 
-    def by_name(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """What each reward gives each text, for a log and for `combined`."""
-        rewards = {name: reward for name, (_, reward) in self.parts.items()} | dict(self.guards)
-        return {name: reward(texts) for name, reward in rewards.items()}
-
-    def combined(self, given: Mapping[str, Sequence[float]]) -> list[float]:
-        """One number for each text of what `by_name` returned."""
-        weights = {name: weight for name, (weight, _) in self.parts.items()}
-        values = np.average([given[name] for name in weights], axis=0, weights=list(weights.values()))
+    def combined(self, given: Mapping[str, Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """One number for each line of what `by_name` returned."""
+        total = sum(self.weights.values())
+        worth = [
+            sum(weight / total * lines for weight, lines in zip(self.weights.values(), parts, strict=True))
+            for parts in zip(*(given[name] for name in self.weights), strict=True)
+        ]
         for name in self.guards:
-            values = values * given[name]
-        return values.tolist()
+            worth = [lines * guard for lines, guard in zip(worth, given[name], strict=True)]
+        return worth
+
+
+def spare_cores() -> int:
+    """Processes that can scan beside the one that trains; with two cores or fewer none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(12, cores - 2) if cores > 2 else 0

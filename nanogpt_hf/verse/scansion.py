@@ -113,15 +113,18 @@ def _words(text: str, language: Language) -> list[tuple[int, str]]:
     return [(word.start(), word.group().lower()) for word in re.finditer(f"[{_letters(language)}]+", text)]
 
 
+def is_verse(line: str) -> bool:
+    """Whether a line holds more than signs, digits and a stanza's Roman number."""
+    return bool(re.search(r"[^\W\d_IVXLC]", line))
+
+
 def _poem(text: str, form: Form) -> Poem:
     lines: list[Line] = []
     numbers: list[int] = []
     pairs: list[Pair] = []
     numbered = enumerate(text.split("\n"))
-    for is_verse, stanza in itertools.groupby(
-        numbered, lambda line: bool(re.search(r"[^\W\d_IVXLC]", line[1]))
-    ):
-        if is_verse:
+    for of_verse, stanza in itertools.groupby(numbered, lambda line: is_verse(line[1])):
+        if of_verse:
             start = len(lines)
             for number, line in stanza:
                 lines.append(_line(line, form.language, form.metre))
