@@ -259,6 +259,7 @@ def test_completions_resume_exactly_and_load_anywhere(base, tmp_path, adapter):
         assert answer[-1]["role"] == "assistant"
 
 
+@pytest.mark.usefixtures("own_accelerate_state")
 def test_the_marks_of_the_roles_are_trained(base, tmp_path):
     from nanogpt_hf.runs.tuning import tune_completions
 
