@@ -21,7 +21,7 @@ from ..model.loading import load_model_and_tokenizer
 from ..training.hardware import device_type, settle, use_all_cores
 from ..training.reporting import library_versions, say
 from ..verse.scansion import FORMS
-from ..verse.stanzas import FirstLines, first_lines
+from ..verse.stanzas import FirstLines, first_lines, whole_stanzas
 from .comparison import (
     COLUMNS,
     SAMPLE_COLUMNS,
@@ -52,7 +52,8 @@ def measure_models(settings: ComparisonSettings) -> None:
     say(accelerator, *([f"NOTE: {corpus.notice}"] if corpus.notice else []), *corpus.reading)
     text, start = choose_passage(corpus.validation, settings.passage_start, settings.passage_length)
     form = FORMS[settings.verse] if settings.verse else None
-    poems = first_lines(corpus.train or corpus.validation, corpus.name, form) if form else None
+    documents = corpus.train or corpus.validation
+    poems = first_lines(documents, corpus.name, form) if form else None
     rows, panels = [], {}
     for name, given in zip(short_names(settings.model), settings.model, strict=True):
         say(accelerator, f"measuring {name}", *known_text(name, given, corpus))
@@ -82,8 +83,9 @@ def measure_models(settings: ComparisonSettings) -> None:
             "validation_characters": sum(map(len, corpus.validation)),
             "validation_bytes": sum(len(document.encode()) for document in corpus.validation),
         }
-        if poems and form:
-            rows.append(measure_written("real stanzas", poems.stanzas, form) | {"samples": poems.stanzas})
+        if form:
+            real = whole_stanzas(documents, form)
+            rows.append(measure_written("real stanzas", real, form) | {"samples": real})
         words = in_words(split, rows)
         tell("", words.rstrip("\n"))
         if settings.output_dir:

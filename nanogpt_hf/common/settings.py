@@ -336,6 +336,8 @@ class RunSettings(
 ):
     """What every run has. Named as in transformers' TrainingArguments and GPT2Config wherever those have one."""
 
+    BEFORE: ClassVar[dict[str, Any]] = DataSettings.BEFORE | {"vector_learning_rate": None}
+
     def folder(self) -> str:
         """The run folder, output_dir or the default."""
         raise NotImplementedError
