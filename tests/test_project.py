@@ -150,11 +150,12 @@ def test_the_places_that_the_documentation_names_are_there():
     assert len(places) > 30
     for document, file, name in places:
         path = ROOT / file if (ROOT / file).exists() else ROOT / "nanogpt_hf" / file
-        defined = {
-            node.name
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        }
+        defined = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Assign):
+                defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         assert name in defined, (document, file, name)
 
 
