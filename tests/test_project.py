@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -51,25 +52,32 @@ def test_the_readme_names_every_recipe_and_no_line_is_wider_than_a_page():
     assert max(map(len, README.splitlines())) <= 120
 
 
-class Parsed(Exception):
-    """What a recipe was told."""
+class Read(Exception):
+    """What was made of a recipe's settings."""
 
 
-def told(recipe, words, monkeypatch):
-    """The settings that a recipe's own parser makes of a command line, without its paths being looked for."""
+def settings_of(recipe, make, monkeypatch):
+    """What `make` makes of the class of a recipe's settings, its docstring and its positional, where it would read them."""
     spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
     def read(cls, description, *arguments, **options):
-        raise Parsed(parse(cls, description, words, positional=options.get("positional")))
+        raise Read(make(cls, description, options.get("positional")))
 
     for name in ("parse", "read_settings"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, read)
-    with pytest.raises(Parsed) as end:
+    with pytest.raises(Read) as end:
         module.main()
     return end.value.args[0]
+
+
+def told(recipe, words, monkeypatch):
+    """The settings that a recipe's own parser makes of a command line, without its paths being looked for."""
+    return settings_of(
+        recipe, lambda cls, help, first: parse(cls, help, words, positional=first), monkeypatch
+    )
 
 
 def commands(text):
@@ -89,6 +97,15 @@ def test_the_readmes_commands_are_understood_by_their_recipes(monkeypatch):
     assert len(found) > 8
     for recipe, words in found:
         assert told(recipe, words, monkeypatch), (recipe, words)
+
+
+def test_every_flag_in_the_readmes_prose_is_a_setting(monkeypatch):
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    named = {flag for code in re.findall("`[^`]+`", prose) for flag in re.findall(r"--(\w+)", code)}
+    known = {"help", "config"}  # of every recipe
+    for path in ROOT.glob("recipes/*.py"):
+        known |= settings_of(path.stem, lambda cls, *_: {field.name for field in fields(cls)}, monkeypatch)
+    assert len(named) > 8 and named <= known, named - known
 
 
 def test_a_wrong_flag_in_the_readme_would_be_seen(monkeypatch):

@@ -259,10 +259,11 @@ def test_overwriting_deletes_what_a_run_has_made_and_nothing_else(corpus, tmp_pa
     folder = tmp_path / "run"
     train_here(training_words(folder, corpus))
     (folder / "notes.txt").write_text("mine")
+    (folder / ".unfinished-novel").mkdir()
     assert "not empty" in refusal(training_words(folder, corpus))
     train_here(training_words(folder, corpus, "--max_steps", "3", "--overwrite_output_dir"))
     assert steps(folder) == [3] and [row["step"] for row in metrics(folder)] == [3]
-    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / ".unfinished-novel").is_dir()
 
 
 def test_what_no_run_has_made_is_not_overwritten(corpus, tmp_path):

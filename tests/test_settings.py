@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.settings import FinetuningSettings, TrainingSettings, public_values
+from nanogpt_hf.common.settings import FinetuningSettings, TrainingSettings, default_folder, public_values
 from nanogpt_hf.generation.sampling_settings import SamplingSettings
 from nanogpt_hf.runs.command_line import earlier
 
@@ -188,6 +188,19 @@ def test_settings_come_back_from_their_file(values):
         path = Path(folder) / "settings.yaml"
         path.write_text(yaml.safe_dump(public_values(written)))
         assert read("--config", str(path)) == written
+
+
+@pytest.mark.parametrize(
+    "corpus, folder",
+    [
+        ("gl/*.txt", "gl-char"),
+        ("my texts/", "my-texts-char"),
+        ("a/книга.txt", "книга-char"),
+        ("*", "corpus-char"),
+    ],
+)
+def test_a_run_is_called_by_its_corpus(corpus, folder):
+    assert default_folder(corpus, "char") == str(Path("runs", folder))
 
 
 def test_a_run_of_an_earlier_version_goes_on_without_what_it_did_not_have(tmp_path):

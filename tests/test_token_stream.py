@@ -82,6 +82,6 @@ def test_memory_map_gives_the_same_batches(tmp_path):
 
 def test_too_short_a_text_says_what_to_do():
     with pytest.raises(
-        ValueError, match="10 tokens to train on, but one block takes 11.*smaller --n_positions"
+        ValueError, match="my.txt has 10 tokens to train on, but one block takes 11.*smaller --n_positions"
     ):
-        TokenStream(np.arange(10), 10)
+        TokenStream(np.arange(10), 10, name="my.txt")
