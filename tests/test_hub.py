@@ -165,7 +165,12 @@ def test_the_native_format_brings_its_code(tmp_path, capfd):
             "qwen3",
             "llama architecture cannot be .*: use one of auto, nanogpt, llama, gguf, onnx",
         ),
-        ("qwen3", {"norm": "layernorm"}, "qwen3", "custom architecture cannot be .*: use one of auto, nanogpt"),
+        (
+            "qwen3",
+            {"norm": "layernorm"},
+            "qwen3",
+            "custom architecture cannot be .*: use one of auto, nanogpt",
+        ),
         ("gpt2", {"n_kv_head": 1}, "gpt2", "custom architecture cannot be .*: use one of auto, nanogpt"),
         ("qwen3", {"scale_attn_weights": False}, "qwen3", "use one of auto, nanogpt"),
         ("gpt2", {}, "pickle", "use one of auto, gpt2, qwen3, llama, nanogpt, gguf, onnx"),

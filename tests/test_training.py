@@ -117,7 +117,7 @@ def test_other_schedules_are_functions_of_the_step(name, end):
 
 
 def test_a_warm_up_ends_by_the_middle_of_a_run():
-    lengths = {(50, 6): 3, (2, 6): 2, (0.25, 40): 10, (0.9, 40): 20, (5, 0): 0}
+    lengths = {(50, 6): 3, (2, 6): 2, (1, 40): 1, (0.25, 40): 10, (0.9, 40): 20, (5, 0): 0}
     for (warmup, steps), expected in lengths.items():
         settings = of_length(TrainingSettings(warmup_steps=warmup), steps)
         assert (settings.warmup_steps, settings.max_steps) == (expected, max(1, steps))
@@ -147,7 +147,7 @@ def test_seeds_differ_by_step_and_process():
     assert len(seeds) == 600 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-@pytest.mark.parametrize("dtype, smallest", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("dtype, smallest", [(torch.float32, 1e-3), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
 def test_orthogonalize_sets_singular_values_near_one(shape, dtype, smallest):
     """The singular vectors stay, and so do zeros; the scale of a matrix does not matter."""
