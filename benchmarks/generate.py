@@ -1,4 +1,4 @@
-"""Tokens a second: ours, nanoGPT's GPT.generate, transformers' generate on GPT2LMHeadModel and CTranslate2, side by side.
+"""Tokens per second: ours, nanoGPT's GPT.generate, transformers' generate on GPT2LMHeadModel and CTranslate2, side by side.
 
     python benchmarks/generate.py --nanogpt_dir ../nanoGPT --output generate.json
     python benchmarks/generate.py --sizes tiny --batch_sizes 1 2 --repeats 1          # seconds, on any CPU
@@ -174,7 +174,7 @@ def work(variant: str, device: str, nanogpt_dir: str | None, pipe) -> None:
 
 
 def measure(settings: GenerateSettings, device: str) -> list[dict]:
-    """A row for each variant, size and batch: tokens, seconds, and tokens a second (the median)."""
+    """A row for each variant, size and batch: tokens, seconds, and tokens per second (the median)."""
     variants = [name for name in PEERS + OURS if name != "nanoGPT" or settings.nanogpt_dir]
     if device == "cpu":
         variants += [name for name in ON_A_CPU if "CTranslate2" not in name or find_spec("ctranslate2")]
@@ -214,7 +214,7 @@ def measure(settings: GenerateSettings, device: str) -> list[dict]:
 
 
 def line(rows: list[dict]) -> str:
-    """One size and batch: tokens a second of each variant, and how many times a peer's rate ours are."""
+    """One size and batch: tokens per second of each variant, and how many times a peer's rate ours are."""
     rates = {row["variant"]: row["tokens_per_s"] for row in rows}
     ratios = [
         f"{ours} / {peer} {rates[ours] / rates[peer]:.1f}" for ours in OURS for peer in PEERS if peer in rates

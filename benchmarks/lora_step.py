@@ -1,4 +1,4 @@
-"""LoRA: tokens a second and peak memory of this project's loop and of peft with transformers' Trainer.
+"""LoRA: tokens per second and peak memory of this project's loop and of peft with transformers' Trainer.
 
     PYTHONPATH=. python benchmarks/lora_step.py                    # GPT-2 124M, 16 x 1,024, rank 16, bfloat16, one GPU
     PYTHONPATH=. python benchmarks/lora_step.py --base smollm2-135m

@@ -1,4 +1,4 @@
-"""Tokens a second, scaling efficiency and memory of the project's own training step on the GPUs that are here.
+"""Tokens per second, scaling efficiency and memory of the project's own training step on the GPUs that are here.
 
     python benchmarks/scaling.py                                   # GPT-2 with DDP, gpt2-xl with FSDP2 and DDP
     python benchmarks/scaling.py --presets gpt2 --processes 1 4    # one size, on 1 and 4 GPUs
@@ -6,7 +6,7 @@
     python benchmarks/scaling.py --tiny                            # a small model on one and two CPU processes
 
 Every row is a launch of its own with a file of accelerate_configs/, one after another, on random tokens: no corpus, no
-evaluation, no checkpoint. Each GPU has the same batch in all rows of a size, so efficiency is tokens a second
+evaluation, no checkpoint. Each GPU has the same batch in all rows of a size, so efficiency is tokens per second
 over those of the same layout on one GPU times their number.
 """
 
@@ -218,7 +218,7 @@ def launch(preset: str, layout: str, processes: int, batch: int, args: argparse.
 def table(rows: list[dict]) -> str:
     """Markdown; efficiency is against one process of the same size and layout."""
     lines = [
-        "| model | layout | GPUs | batch a GPU | tokens/s | efficiency | ms a step | GiB a GPU |",
+        "| model | layout | GPUs | batch per GPU | tokens/s | efficiency | ms per step | GiB per GPU |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:

@@ -53,7 +53,7 @@ def timed(command: list[str], folder: Path, environment: dict) -> tuple[float, l
 
 
 def ours(words: list[str], target: float, cache: Path) -> dict:
-    """Seconds of steps come from the tokens a second of each stretch, which leave evaluations and saving out."""
+    """Seconds of steps come from the tokens per second of each stretch, which leave evaluations and saving out."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,

@@ -1,4 +1,4 @@
-"""Tokens and characters a second: our encoding, tiktoken, and a plain call of the transformers tokenizer.
+"""Tokens and characters per second: our encoding, tiktoken, and a plain call of the transformers tokenizer.
 
     python benchmarks/tokenization.py --corpus my_texts/ --tokenizer openai-community/gpt2
     python benchmarks/tokenization.py --corpus tiny_shakespeare --tokenizer tokenizers/tiny_shakespeare-bpe-1024 --num_proc 1

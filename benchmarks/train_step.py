@@ -1,4 +1,4 @@
-"""Tokens a second of a training step: ours, transformers' GPT2LMHeadModel, and nanoGPT, in one run on one machine.
+"""Tokens per second of a training step: ours, transformers' GPT2LMHeadModel, and nanoGPT, in one run on one machine.
 
     python benchmarks/train_step.py --nanogpt_dir ~/nanoGPT                    # GPT-2 124M, 64 x 1,024, on a GPU
     python benchmarks/train_step.py --preset baby --batch_size 64 --block_size 256 --nanogpt_dir ~/nanoGPT

@@ -4,13 +4,15 @@
     python recipes/compare.py --model runs/tiny_shakespeare-char runs/tiny_shakespeare-bpe
     python recipes/compare.py --model runs/tiny_shakespeare-bpe openai-community/gpt2 --stride 32 --samples 8
     python recipes/compare.py --model runs/my_adapter --corpus my_text.txt --output_dir runs/comparison
+    python recipes/compare.py --model runs/tiny_pushkin-char runs/tiny_pushkin-verse --corpus tiny_pushkin --verse onegin
     accelerate launch --multi_gpu recipes/compare.py --model runs/gpt2 --corpus my_text.txt
 
 Run folders alone give a table of them, sorted by validation loss, with the settings in which they differ. A --model is
 a run folder, any causal language model's folder, a peft adapter or a Hub id, each with its own tokenizer, and is measured
 anew. The first token is predicted too, from the end-of-text token, as lm-eval does: every byte is paid for. --output_dir
 gets the table (results.md), the same and more as results.json, and surprisal.html: a page that colours each character by
-what it costs the models.
+what it costs the models. --verse has them write stanzas on first lines that are not tuned on, and scans metre and rhyme:
+one more table, with the real stanzas as a row, and verse.html, where stresses, feet and rhymes are marked.
 """
 
 from collections.abc import Sequence

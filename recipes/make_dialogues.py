@@ -37,7 +37,7 @@ class DialogueSettings(Settings):
 
 def stanzas(documents: Sequence[str], settings: DialogueSettings) -> Iterator[dict]:
     """A stanza's first line and its others."""
-    from nanogpt_hf.analysis.verse_table import whole_stanzas
+    from nanogpt_hf.verse.stanzas import whole_stanzas
 
     for stanza in whole_stanzas(documents, FORMS[settings.form]):
         first, _, others = stanza.partition("\n")

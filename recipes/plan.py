@@ -1,4 +1,4 @@
-"""Plan a training run that nobody has started: parameters, FLOPs, days, and memory a GPU by parallelism.
+"""Plan a training run that nobody has started: parameters, FLOPs, days, and memory per GPU by parallelism.
 
     python recipes/plan.py --preset gpt2 --gpus 1 --gpu rtx4090 --per_device_train_batch_size 8
     python recipes/plan.py --preset gpt3-175b --gpus 1024 --gpu h100 --output_dir runs/plan-175b
@@ -49,7 +49,7 @@ LAYOUT_COLUMNS = {
     "layout": ("layout", "{}"),
     "gradient_accumulation_steps": ("micro-batches a step", "{:,}"),
     "tokens_per_step": ("tokens a step", "{:,}"),
-    "memory_gib": ("GiB a GPU", "{:,.1f}"),
+    "memory_gib": ("GiB per GPU", "{:,.1f}"),
     "verdict": ("fits", "{}"),
     "largest_batch_size": ("largest micro-batch that fits", "{:,}"),
 }

@@ -1,8 +1,13 @@
 """Fixtures that several files of tests use, and one thread a process: the tests run beside one another."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+IN_MEMORY = "/dev/shm"
+if os.path.isdir(IN_MEMORY) and shutil.disk_usage(IN_MEMORY).free > 4 * 2**30:
+    # Everything that is written whole waits for the disk, which is most of the time of a tiny run.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", IN_MEMORY)
 
 import pytest  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402

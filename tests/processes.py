@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PRELOADED = ["processes", "matplotlib.backends.backend_agg", "torch.nn.parallel"]
 TINY = (
     "--architecture qwen3 --optim muon --n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --dropout 0.1 --use_cpu "
-    "--max_steps 30 --warmup_steps 5 --logging_steps 3 --eval_steps 6 --save_steps 5 --per_device_eval_batch_size 512"
+    "--max_steps 30 --warmup_steps 5 --logging_steps 3 --eval_steps 6 --save_steps 5 --per_device_eval_batch_size 512 --sample_length 20"
 ).split()
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 30
 

@@ -23,7 +23,7 @@ LONG = KILLS > 5
 SHORT_DAMAGES = 3  # of each reader
 STEPS = "--max_steps 8 --eval_steps 2 --save_steps 2 --logging_steps 1".split()
 TUNING = (
-    "--max_steps 4 --eval_steps 2 --save_steps 2 --logging_steps 1 --per_device_train_batch_size 4 --use_cpu --lora_r 2"
+    "--max_steps 4 --eval_steps 2 --save_steps 2 --logging_steps 1 --per_device_train_batch_size 4 --use_cpu --lora_r 2 --sample_length 20"
 ).split()
 
 

@@ -58,7 +58,7 @@ KINDS = {
     "mamba": (MambaConfig, SIZES | {"state_size": 8}),
 }
 SMALL = (
-    "--max_steps 8 --warmup_steps 2 --eval_steps 4 --save_steps 4 --logging_steps 2 --n_positions 32 --use_cpu "
+    "--max_steps 8 --warmup_steps 2 --eval_steps 4 --save_steps 4 --logging_steps 2 --n_positions 32 --use_cpu --sample_length 20 "
     "--per_device_train_batch_size 4 --learning_rate 1e-2 --document_end \n\n(?=Песнь)"
 ).split(" ")
 
@@ -110,7 +110,7 @@ def logits(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt_neox", "gemma", "bloom", "mamba", "llama"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "gemma", "bloom", "mamba"])
 def test_an_adapter_on_any_base_learns_loads_with_peft_and_merges(kind, places, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
@@ -131,7 +131,7 @@ def test_an_adapter_on_any_base_learns_loads_with_peft_and_merges(kind, places, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt_neox", "gemma", "bloom", "mamba", "qwen3"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "mamba", "qwen3"])  # one of each way
 def test_all_weights_of_any_base_learn_and_a_stopped_run_ends_as_one(kind, places, tmp_path):
     whole = finetune(places, kind, tmp_path / "whole", "--full")
     losses = [row["eval_loss"] for row in metrics(whole) if "eval_loss" in row]
@@ -286,7 +286,7 @@ def test_the_lines_of_an_adapters_card_load_it_for_a_stranger(kind, places, tmp_
 
     base = places / kind
     if kind == "native":
-        words = "--architecture qwen3 --n_layer 1 --n_embd 32 --n_head 2 --n_positions 32 --max_steps 4 --use_cpu".split()
+        words = "--architecture qwen3 --n_layer 1 --n_embd 32 --n_head 2 --n_positions 32 --max_steps 4 --use_cpu --sample_length 20".split()
         AcceleratorState._reset_state(reset_partial_state=True)
         words = ["--corpus", places / "poems.txt", "--vocab_size", "300", *words]
         assert run("pretrain_bpe.py", "--output_dir", base, *words) == 0

@@ -23,7 +23,7 @@ from nanogpt_hf.training import timing
 from nanogpt_hf.training.objectives import LanguageModeling
 from recipes.pretrain import defaults, main
 
-TINY = "--n_layer 1 --n_embd 32 --n_head 2 --n_positions 16 --use_cpu".split()
+TINY = "--n_layer 1 --n_embd 32 --n_head 2 --n_positions 16 --use_cpu --sample_length 20".split()
 
 
 def settings_for(*words):

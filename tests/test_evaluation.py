@@ -194,6 +194,39 @@ def results_of(words, folder):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
+def test_models_are_compared_as_poets(tmp_path, folders, capsys):
+    pytest.importorskip("pronouncing", reason="pronouncing is not installed (extra verse)")
+    ends = "cat dog hat log day sun way one night king light ring moon June".split()
+    poems = [
+        "".join(f"{first} {end}\n" for end in ends)
+        for first in "The A One My No This That Each Our All".split()
+    ]
+    poems += [poem.lower() for poem in poems] + [poem.upper() for poem in poems]
+    (tmp_path / "poems.txt").write_text("\n".join(poems))
+    words = [
+        "--model",
+        folders["char"],
+        "--corpus",
+        tmp_path / "poems.txt",
+        "--verse",
+        "sonnet",
+        "--samples",
+        "6",
+    ]
+    evaluate([str(word) for word in (*words, "--use_cpu", "--output_dir", tmp_path / "out")])
+    mine, real = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert mine["poems"] == len(mine["samples"]) == 6 and 0 <= mine["rhyme"] <= 1 and mine["loss"] > 0
+    assert (
+        real["model"] == "real stanzas" and real["rhyme"] == 1 and real["lines"] == 13 and real["poems"] == 30
+    )
+    first = [text.partition("\n")[0] for text in mine["samples"]]
+    assert {*first} == {"All cat", "all cat", "ALL CAT"}
+    assert (
+        "in metre" in capsys.readouterr().out
+        and "<h2>real stanzas" in (tmp_path / "out" / "verse.html").read_text()
+    )
+
+
 def test_models_of_every_kind_stand_in_one_table(folders, corpus, tmp_path, capsys):
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
     words = ["--model", *folders.values(), "--corpus", str(tmp_path / "text.txt")]

@@ -15,7 +15,7 @@ from nanogpt_hf.common.recipes import recipes
 
 ROOT = Path(__file__).parents[1]
 TINY = (
-    "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --max_steps 4 --use_cpu"
+    "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --max_steps 4 --use_cpu --sample_length 20"
 ).split()
 
 

@@ -40,7 +40,7 @@ POEMS = "".join(
     "И лучше выдумать не мог.\nЕго пример другим наука.\n\n"
     for number in range(40)
 )
-RHYTHM = "--max_steps 12 --warmup_steps 2 --eval_steps 6 --save_steps 6 --logging_steps 3 --use_cpu".split()
+RHYTHM = "--max_steps 12 --warmup_steps 2 --eval_steps 6 --save_steps 6 --logging_steps 3 --use_cpu --sample_length 20".split()
 SMALL = [*RHYTHM, "--per_device_train_batch_size", "4", "--document_end", DOCUMENT_ENDS["tiny_pushkin"]]
 
 
@@ -390,11 +390,15 @@ def test_bad_input_ends_in_one_sentence_with_nothing_written(places, adapter, tm
 def moved(places, adapter, tmp_path):
     """A copy of the adapter on a copy of its base: (adapter, base)."""
     base = shutil.copytree(places / "base", tmp_path / "base")
-    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    put_on(folder, base)
+    return folder, Path(base)
+
+
+def put_on(folder: Path, base: Path) -> None:
     edit = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(edit | {"base_model_name_or_path": str(base)}))
     (folder / "manifest.json").unlink()  # which would call that damage
-    return Path(folder), Path(base)
 
 
 def train_more(base: Path, name: str) -> None:
@@ -404,7 +408,7 @@ def train_more(base: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("changed", ["h.0.mlp.c_fc.weight", "wte.weight"])
-def test_an_adapter_is_refused_on_a_base_that_was_trained_on(places, moved, capsys, changed):
+def test_an_adapter_is_refused_on_a_base_that_was_trained_on(places, moved, tmp_path, capsys, changed):
     """Wherever it is loaded: by share, by sample and compare, by going on."""
     folder, base = moved
     words = ["--corpus", places / "poems.txt", "--model_name_or_path", base, *SMALL]
@@ -413,8 +417,11 @@ def test_an_adapter_is_refused_on_a_base_that_was_trained_on(places, moved, caps
     for load in (load_merged, lambda folder: load_model_and_tokenizer(str(folder))):
         with pytest.raises(ValueError, match="another base.*other weights now"):
             load(folder)
-    for newest in ("", max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))):
-        assert run("sample.py", "--model", newest or folder, "--max_new_tokens", 5) == 2
+    newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
+    checkpoint = Path(shutil.copytree(newest, tmp_path / "newest"))
+    put_on(checkpoint, base)
+    for each in (folder, checkpoint):
+        assert run("sample.py", "--model", each, "--max_new_tokens", 5) == 2
         assert "trained on another base" in capsys.readouterr().err
     AcceleratorState._reset_state(reset_partial_state=True)
     assert run("finetune_lora.py", "--output_dir", folder, *words, "--resume_from_checkpoint", "last") == 2

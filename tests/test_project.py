@@ -135,11 +135,12 @@ def test_the_places_that_the_documentation_names_are_there():
     assert len(places) > 30
     for document, file, name in places:
         path = ROOT / file if (ROOT / file).exists() else ROOT / "nanogpt_hf" / file
-        defined = {
-            node.name
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        }
+        defined = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Assign):
+                defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         assert name in defined, (document, file, name)
 
 
@@ -222,7 +223,7 @@ def test_launch_settings_are_what_accelerate_knows(path):
 def test_launch_settings_for_the_cpu_train(name, processes, tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 60, encoding="utf-8")
     sizes = (
-        "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --max_steps 4"
+        "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --max_steps 4 --sample_length 20"
     )
     done = subprocess.run(
         [

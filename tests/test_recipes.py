@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 TINY = (
     "--n_layer 2 --n_embd 32 --n_head 2 --n_positions 16 --per_device_train_batch_size 8 --max_steps 40 "
-    "--eval_steps 20 --save_steps 20 --logging_steps 10 --use_cpu"
+    "--eval_steps 20 --save_steps 20 --logging_steps 10 --use_cpu --sample_length 20"
 ).split()
 RUSSIAN = (
     "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил и лучше выдумать не мог.\n"

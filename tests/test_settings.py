@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import TrainingSettings, public_values
+from nanogpt_hf.runs.command_line import earlier
 
 
 def read(*words, **options):
@@ -174,3 +175,13 @@ def test_settings_come_back_from_their_file(values):
         path = Path(folder) / "settings.yaml"
         path.write_text(yaml.safe_dump(public_values(written)))
         assert read("--config", str(path)) == written
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_what_it_did_not_have(tmp_path):
+    (tmp_path / "run.yaml").write_text("corpus: a.txt\nmax_steps: 9\nlearning_rate: 0.003\n")
+    given = earlier(
+        TrainingSettings,
+        {"resume_from_checkpoint": str(tmp_path / "checkpoints" / "step-5"), "corpus": "a.txt"},
+    )
+    assert given["max_steps"] == 9 and given["learning_rate"] == 0.003
+    assert given["vector_learning_rate"] is None and given["keep_carriage_returns"] is True

@@ -22,8 +22,9 @@ from nanogpt_hf.data.conversations import (
     render,
 )
 from nanogpt_hf.data.tokenization import train_char_tokenizer
+from nanogpt_hf.generation.stanza_writer import StanzaWriter
 from nanogpt_hf.training.completions import Completions, PackedWindows, pack
-from nanogpt_hf.training.policy_gradient import GroupRelativePolicy, Writer
+from nanogpt_hf.training.policy_gradient import GroupRelativePolicy
 from nanogpt_hf.training.preferences import Pairs, Preferences, log_p
 from nanogpt_hf.training.stepping import accumulate_gradients
 
@@ -347,7 +348,7 @@ def rewards_objective(tokenizer, model, context=64, lines=4, N=40, **more):
     accelerator = Accelerator(cpu=True)
     text = TokenStream(tokenizer(TEXT, return_tensors="np").input_ids[0], context)
     options = dict(batch_size=16, group=8, beta=0.0, text_coef=0.0, seed=3, eval_texts=8, micro_batch=16)
-    write = Writer(tokenizer, lines, N, 1.0)
+    write = StanzaWriter(tokenizer, lines, N, 1.0)
     return GroupRelativePolicy(
         accelerator, model, write, Letters(), ["an apple", "the cat ", "long ago, there"], ["an apple"],
         text, text, len(TEXT), **options | more,
@@ -355,7 +356,7 @@ def rewards_objective(tokenizer, model, context=64, lines=4, N=40, **more):
 
 
 def test_a_text_ends_at_its_lines_an_empty_line_or_the_end_of_text(tokenizer):
-    write = Writer(tokenizer, 3, 12, 1.0)
+    write = StanzaWriter(tokenizer, 3, 12, 1.0)
     prompt = write.encode("ab")
     texts = ["cd\nef\nghijkl", "cd\n\nefghijkl", "cdefg<|endoftext|>ijklmn"[:5] + "ijklmno", "\nabcdefghijk"]
     ids = np.stack([tokenizer(text).input_ids for text in texts])

@@ -16,6 +16,7 @@ from processes import ROOT, TEXT, write_corpus
 from safetensors.torch import load_file
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, preset_config
+from nanogpt_hf.analysis.report import in_words
 from nanogpt_hf.common.cli import run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.text import first_line
@@ -244,7 +245,7 @@ def test_train_tokenizer_shows_an_alphabet_of_controls(tmp_path, capsys):
 def test_a_table_holds_what_its_cells_say():
     rows = [{"model": f"runs/{CLEAR}a|b\nc", "loss": 1.0}]
     split = {"corpus": CLEAR, "validation_characters": 3}
-    words = recipe("compare")["in_words"](split, rows)
+    words = in_words(split, rows)
     assert not DRIVING.search(words)
     assert words.splitlines()[-1].replace(r"\|", "").count("|") == 3
 

@@ -5,12 +5,13 @@ import re
 
 import pytest
 
-from nanogpt_hf.analysis.verse_page import draw_verse
-from nanogpt_hf.analysis.verse_table import VERSE_COLUMNS, measure_verse, whole_stanzas
+from nanogpt_hf.analysis.verse_page import verse_page
+from nanogpt_hf.analysis.verse_table import VERSE_COLUMNS, measure_verse
 from nanogpt_hf.common.tables import table
 from nanogpt_hf.verse.metre import Metre
 from nanogpt_hf.verse.rhyme import Scheme
 from nanogpt_hf.verse.scansion import Form
+from nanogpt_hf.verse.stanzas import whole_stanzas
 
 pytest.importorskip("silero_stress")
 
@@ -26,7 +27,7 @@ HOSTILE = "<b>Мой</b> & «дядя»\x1b[31m\n\n<script>alert(1)</script>"
 def test_a_row_counts_lines_and_pairs_of_all_texts_together():
     row = measure_verse("both", [STANZA, PROSE], FORM, ["Он уважать себя заставил"])
     assert row == {
-        "name": "both",
+        "model": "both",
         "poems": 2,
         "metre": 4 / 6,
         "rhyme": 2 / 4,  # prose begins two pairs
@@ -48,10 +49,9 @@ def test_texts_without_verse_have_a_row():
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    path = tmp_path_factory.mktemp("page") / "verse.html"
-    draw_verse(path, "<i>title", {"real": [STANZA], "</h2>": [HOSTILE, PROSE]}, FORM, {"real": "100% <of>"})
-    return path.read_text(encoding="utf-8")
+def page():
+    groups = {"real": [STANZA], "</h2>": [HOSTILE, PROSE]}
+    return verse_page("<i>title", groups, FORM, {"real": "100% <of>"})
 
 
 def articles(page):

@@ -16,7 +16,7 @@ from nanogpt_hf.runs import pretraining
 from nanogpt_hf.training import best_model, evaluation
 from nanogpt_hf.training.gpus import flops_per_token
 from nanogpt_hf.training.progress_bar import ProgressBar
-from nanogpt_hf.training.reporting import tracker_words
+from nanogpt_hf.training.reporting import describe_trackers
 
 
 class Terminal(io.StringIO):
@@ -124,7 +124,7 @@ def test_what_a_run_of_a_gpu_and_a_tracker_says_of_itself(tmp_path, monkeypatch,
     settings = parse(
         TrainingSettings, None, ["--output_dir", "x", "--report_to", "wandb", "trackio", "mlflow"]
     )
-    words = tracker_words(settings)
+    words = describe_trackers(settings)
     assert (
         len(words) == 2
         and "WANDB_MODE=offline" in words[0]

@@ -1,4 +1,4 @@
-"""What a size needs before anybody pays for it: parameters, FLOPs, memory a GPU, days.
+"""What a size needs before anybody pays for it: parameters, FLOPs, memory per GPU, days.
 
 Tensor and context parallelism are planned although nothing here trains with them: GPT-3's largest sizes fit no other way,
 and that is what who plans one has to know. Parameters are counted on the meta device. Memory is the peak of one training step of `stepping.py`: bfloat16 autocast,
@@ -378,7 +378,7 @@ def plan_budgets(size: Size, gpus: int, gpu: GPU, mfu: float, batch_tokens: int 
 
 
 def draw_memory(path: Path, title: str, rows: Sequence[Mapping], gpu: GPU) -> None:
-    """A picture: memory a GPU of every layout, by what it is for, against what the GPU has."""
+    """A picture: memory per GPU of every layout, by what it is for, against what the GPU has."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -413,7 +413,7 @@ def draw_memory(path: Path, title: str, rows: Sequence[Mapping], gpu: GPU) -> No
     memory = f"{gpu.memory_gib:g} GiB; grey: for CUDA, NCCL and fragments"
     axes.text(gpu.memory_gib, -0.7, memory, ha="right", va="bottom", fontsize=8)
     axes.set(xlim=(0, edge * 1.25), ylim=(len(rows) - 0.5, -0.6))
-    axes.set_xlabel("GiB a GPU at the worst moment of a step")
+    axes.set_xlabel("GiB per GPU at the worst moment of a step")
     axes.set_yticks(range(len(rows)), [row["layout"] for row in rows])
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)

@@ -5,19 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.cli import tell
-from ..common.comparison_settings import FILES, ComparisonSettings
+from ..common.comparison_settings import ComparisonSettings
 from ..common.errors import UserError
-from ..common.files import files_written_whole, written_if_possible
+from ..common.files import files_written_whole
 from ..common.tables import table
 from ..common.text import printable
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.named_corpora import NAMES
 from ..data.shards import is_shards
+from ..generation.stanza_writer import StanzaWriter
 from ..model.loading import load_model_and_tokenizer
 from ..training.hardware import device_type, settle, use_all_cores
 from ..training.reporting import library_versions, say
+from ..verse.scansion import FORMS
+from ..verse.stanzas import FirstLines, first_lines, whole_stanzas
 from .comparison import (
     COLUMNS,
     SAMPLE_COLUMNS,
@@ -30,6 +34,11 @@ from .comparison import (
     short_names,
 )
 from .surprisal import ALTERNATIVES, surprisal, surprisal_page
+from .verse_page import verse_page
+from .verse_table import VERSE_COLUMNS, measure_written
+
+STANZAS = 100  # that each model writes, unless it is said how many
+SHOWN = 12  # of them on the page
 
 
 def measure_models(settings: ComparisonSettings) -> None:
@@ -42,6 +51,9 @@ def measure_models(settings: ComparisonSettings) -> None:
         corpus = load_corpus(settings.corpus, percent, **settings.reading_options())
     say(accelerator, *([f"NOTE: {corpus.notice}"] if corpus.notice else []), *corpus.reading)
     text, start = choose_passage(corpus.validation, settings.passage_start, settings.passage_length)
+    form = FORMS[settings.verse] if settings.verse else None
+    documents = corpus.train or corpus.validation
+    poems = first_lines(documents, corpus.name, form) if form else None
     rows, panels = [], {}
     for name, given in zip(short_names(settings.model), settings.model, strict=True):
         say(accelerator, f"measuring {name}", *known_text(name, given, corpus))
@@ -58,10 +70,8 @@ def measure_models(settings: ComparisonSettings) -> None:
         )
         settle(accelerator)
         rows.append(row)
-        if accelerator.is_main_process and settings.samples:
-            sampling = {"temperature": settings.temperature, "seed": settings.seed}
-            texts = sample_texts(model, tokenizer, settings.samples, settings.sample_length, **sampling)
-            row |= measure_samples(texts, corpus) | {"samples": texts}
+        if accelerator.is_main_process and (settings.samples or poems):
+            row |= measure_written_texts(name, model, tokenizer, corpus, settings, poems)
         if accelerator.is_main_process and settings.output_dir:
             context = context_of(model, settings.n_positions)
             panels[name] = surprisal(model, tokenizer, text, start, context, ALTERNATIVES)
@@ -73,11 +83,38 @@ def measure_models(settings: ComparisonSettings) -> None:
             "validation_characters": sum(map(len, corpus.validation)),
             "validation_bytes": sum(len(document.encode()) for document in corpus.validation),
         }
+        if form:
+            real = whole_stanzas(documents, form)
+            rows.append(measure_written("real stanzas", real, form) | {"samples": real})
         words = in_words(split, rows)
         tell("", words.rstrip("\n"))
         if settings.output_dir:
-            write(settings.output_dir, words, rows, split, text[start:], start, panels)
+            title = f"Surprisal in {split['corpus']}, validation text from character {start:,}"
+            pages = {"surprisal.html": surprisal_page(title, text[start:], panels)}
+            if form:
+                shown = {row["model"]: row["samples"][:SHOWN] for row in rows}
+                pages["verse.html"] = verse_page(f"Stanzas on first lines of {split['corpus']}", shown, form)
+            write(settings.output_dir, words, rows, split, pages)
     accelerator.end_training()
+
+
+def measure_written_texts(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: AnyCorpus,
+    settings: ComparisonSettings,
+    poems: FirstLines | None,
+) -> dict[str, Any]:
+    """Cells of a model's row for texts that it writes: stanzas where first lines are given, else samples."""
+    if poems is None or settings.verse is None:
+        sampling = {"temperature": settings.temperature, "seed": settings.seed}
+        texts = sample_texts(model, tokenizer, settings.samples, settings.sample_length, **sampling)
+        return measure_samples(texts, corpus) | {"samples": texts}
+    form = FORMS[settings.verse]
+    write = StanzaWriter.like(poems.stanzas, tokenizer, len(form.scheme.stanza), settings.temperature)
+    texts = write.write_on(model, poems.held_out, settings.samples or STANZAS, settings.seed)
+    return measure_written(name, texts, form, corpus.train) | {"samples": texts}
 
 
 def known_text(name: str, model: str, corpus: AnyCorpus) -> list[str]:
@@ -92,29 +129,28 @@ def known_text(name: str, model: str, corpus: AnyCorpus) -> list[str]:
 
 
 def in_words(split: dict, rows: list[dict]) -> str:
-    """The tables: of losses, and of samples where there are any."""
+    """The tables: of losses, and of verse or samples where there are any."""
     title = f"{split['corpus']}, validation split of {split['validation_characters']:,} characters"
-    samples = f"\n{table(rows, SAMPLE_COLUMNS)}" if any("samples" in row for row in rows) else ""
-    return f"{printable(title)}\n\n{table(rows, COLUMNS)}{samples}"
+    tables = [table([row for row in rows if "loss" in row], COLUMNS)]
+    if any("metre" in row for row in rows):
+        tables.append(table(rows, VERSE_COLUMNS))
+    elif any("samples" in row for row in rows):
+        tables.append(table(rows, SAMPLE_COLUMNS))
+    return "\n".join([f"{printable(title)}\n", *tables])
 
 
-def write(
-    folder: str, words: str, rows: list[dict], split: dict, passage: str, start: int, panels: dict
-) -> None:
-    """The tables, all numbers and the page of surprisal into a folder."""
+def write(folder: str, words: str, rows: list[dict], split: dict, pages: dict[str, str]) -> None:
+    """The tables, all numbers and the pages (file name -> HTML) into a folder."""
     results = split | {"models": rows, "versions": library_versions()}
-    title = f"Surprisal in {split['corpus']}, validation text from character {start:,}"
     try:
         with files_written_whole(Path(folder)) as staging:
             (staging / "results.md").write_text(words, encoding="utf-8")
             (staging / "results.json").write_text(as_json(results), encoding="utf-8")
-            written_if_possible(
-                staging / "surprisal.html",
-                lambda path: path.write_text(surprisal_page(title, passage, panels), encoding="utf-8"),
-            )
+            for name, page in pages.items():
+                (staging / name).write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}).") from error
-    tell("", f"written to {folder}: {', '.join(FILES)}")
+    tell("", f"written to {folder}: {', '.join(['results.md', 'results.json', *pages])}")
 
 
 def as_json(results: dict) -> str:

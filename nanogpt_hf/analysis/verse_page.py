@@ -3,9 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
-from ..common.files import files_written_whole
 from ..verse.metre import FEET
 from ..verse.scansion import LANGUAGES, Form, Line, Poem, Syllable, scan
 from .html_page import escaped, whole_page
@@ -46,14 +44,10 @@ LEGEND = (
 )
 
 
-def draw_verse(
-    path: Path,
-    title: str,
-    groups: Mapping[str, Sequence[str]],
-    form: Form,
-    notes: Mapping[str, str] | None = None,
-) -> None:
-    """Write a page that shows texts as verse: each line with its stresses, its feet and its rhyme.
+def verse_page(
+    title: str, groups: Mapping[str, Sequence[str]], form: Form, notes: Mapping[str, str] | None = None
+) -> str:
+    """A page in HTML that shows texts as verse: each line with its stresses, its feet and its rhyme.
 
     Args:
         groups: heading, as the name of a model -> texts.
@@ -65,9 +59,7 @@ def draw_verse(
         poems = "\n".join(f"<article>\n{article_of(text, poem, form)}\n</article>" for text, poem in shown)
         note = escaped((notes or {}).get(heading, ""))
         sections.append(f'<h2>{escaped(heading)}</h2>\n<p>{note}</p>\n<div class="poems">\n{poems}\n</div>')
-    page = whole_page(title, "\n".join([LEGEND, *sections]), STYLE, form.language)
-    with files_written_whole(path.parent) as folder:
-        (folder / path.name).write_text(page, encoding="utf-8")
+    return whole_page(title, "\n".join([LEGEND, *sections]), STYLE, form.language)
 
 
 def article_of(text: str, poem: Poem, form: Form) -> str:

@@ -9,7 +9,7 @@ from ..verse.scansion import Form, scan
 
 # Of a row -> heading and format, for `table`.
 VERSE_COLUMNS = {
-    "name": ("", "{}"),
+    "model": ("", "{}"),
     "poems": ("poems", "{:,}"),
     "metre": ("in metre", "{:.1%}"),
     "rhyme": ("rhymed", "{:.1%}"),
@@ -33,7 +33,7 @@ def measure_verse(
     lines = [line.in_metre for poem in poems for line in poem.lines]
     pairs = [pair.rhymed for poem in poems for pair in poem.pairs]
     row: dict[str, str | int | float] = {
-        "name": name,
+        "model": name,
         "poems": len(texts),
         "metre": _mean(lines),
         "rhyme": _mean(pairs),
@@ -59,9 +59,3 @@ def measure_written(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def whole_stanzas(documents: Sequence[str], form: Form) -> list[str]:
-    """Stanzas, between blank lines, of as many lines as the form's scheme: real poems for a row of their own."""
-    stanzas = (stanza.strip() for document in documents for stanza in document.split("\n\n"))
-    return [stanza for stanza in stanzas if stanza.count("\n") + 1 == len(form.scheme.stanza)]

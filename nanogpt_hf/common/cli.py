@@ -149,7 +149,7 @@ def read_yaml(path: str | Path, known: Iterable[str], retired: Iterable[str] = (
         retired: settings of earlier versions that say nothing any more.
 
     Raises:
-        UserError: it cannot be read, or holds something else than known settings.
+        UserError: it cannot be read, or holds anything but known settings.
     """
     known = [*known]
     try:

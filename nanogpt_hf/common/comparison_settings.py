@@ -1,11 +1,12 @@
 """Settings of a comparison of models, or of runs."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import UserError
 from .settings import TextSettings, changed, exclude, setting
 
-FILES = ("results.md", "results.json", "surprisal.html")
+FILES = ("results.md", "results.json", "surprisal.html", "verse.html")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class ComparisonSettings(TextSettings):
     per_device_eval_batch_size: int | None = setting(
         None, "windows at once; does not change the result", ge=1
     )
+    verse: Literal["onegin", "sonnet"] | None = setting(
+        None, "have each model write 100 stanzas of this form (or --samples), and scan their metre and rhyme"
+    )
     samples: int = setting(
         0, "texts to sample from each model, to see what is copied and how varied they are", ge=0
     )
@@ -49,5 +53,6 @@ class ComparisonSettings(TextSettings):
         super().__post_init__()
         exclude(self, "runs", "model")
         exclude(self, "runs", "output_dir")
+        exclude(self, "runs", "verse")
         if not self.model and not self.runs:
             raise UserError("there is nothing to compare: give run folders, or models with --model.")

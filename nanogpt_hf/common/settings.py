@@ -222,6 +222,7 @@ class LengthSettings(Settings):
     logging_steps: int = setting(10, "steps between two lines of metrics.jsonl", ge=1)
     eval_steps: int = setting(250, "steps between two evaluations of the whole validation split", ge=1)
     eval_on_start: bool = setting(False, "evaluate before the first step too")
+    sample_length: int = setting(500, "tokens of each of the three texts in samples.txt", ge=1)
     sample_on_eval: bool | None = setting(
         None, "samples and loss curve at every evaluation; default: of small models, if it takes little time"
     )
@@ -335,6 +336,8 @@ class RunSettings(
     SharingSettings, HardwareSettings, OptimizerSettings, LengthSettings, BaseSettings, DataSettings
 ):
     """What every run has. Named as in transformers' TrainingArguments and GPT2Config wherever those have one."""
+
+    BEFORE: ClassVar[dict[str, Any]] = DataSettings.BEFORE | {"vector_learning_rate": None}
 
     def folder(self) -> str:
         """The run folder, output_dir or the default."""

@@ -428,10 +428,10 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             ) from error
         finally:
             logging.set_verbosity(verbosity)
-        misfit = describe_misfit(info, ignore_mismatched_sizes)
-        if misfit:
+        mismatch = describe_mismatch(info, ignore_mismatched_sizes)
+        if mismatch:
             fault = "its config.json does not describe its weights" if plain else "it has no config.json"
-            raise ValueError(f"the checkpoint {name} cannot be read: {fault} ({misfit}).")
+            raise ValueError(f"the checkpoint {name} cannot be read: {fault} ({mismatch}).")
         return (model, info) if output_loading_info else model
 
 
@@ -449,7 +449,7 @@ class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPT
         self.post_init()
 
 
-def describe_misfit(info: dict, ignore_mismatched_sizes: bool) -> str | None:
+def describe_mismatch(info: dict, ignore_mismatched_sizes: bool) -> str | None:
     """What transformers found wrong while it loaded weights, in a few words, or None."""
     for key, saved, wanted in sorted(info["mismatched_keys"]):
         if not ignore_mismatched_sizes:

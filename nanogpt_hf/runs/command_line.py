@@ -11,7 +11,7 @@ from ..common.cli import Values, parse, read_yaml
 from ..common.errors import UserError
 from ..common.files import check_no_writer, damage
 from ..common.paths import check_model_name
-from ..common.settings import OF_A_START, RunSettings
+from ..common.settings import OF_A_START, DataSettings, RunSettings
 from ..data.sources import check_corpora
 
 R = TypeVar("R", bound=RunSettings)
@@ -90,9 +90,10 @@ def _settings_in_yaml(cls: type[RunSettings], path: Path) -> dict[str, Any]:
         ) from error
     from ..data.shards import is_shards
 
-    # Shards were cut when they were made.
-    before = {} if is_shards(str(saved.get("corpus", ""))) else cls.BEFORE
-    return {**before, **saved}
+    before = dict(cls.BEFORE)
+    if is_shards(str(saved.get("corpus", ""))):  # their text was read when they were made
+        before = {name: value for name, value in before.items() if name not in DataSettings.BEFORE}
+    return before | saved
 
 
 def size_here(said: Values) -> str:

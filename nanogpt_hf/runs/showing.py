@@ -80,7 +80,7 @@ class Showing:
     def _sample(self, folder: Path) -> str:
         # Whole, where the one that trains may be sharded.
         model, tokenizer = load_model_and_tokenizer(str(folder), to_write=True)
-        return sample(model.to(self.accelerator.device), tokenizer, self.settings.seed)
+        return sample(model.to(self.accelerator.device), tokenizer, self.settings)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         written_if_possible(path, write, tell=lambda line: say(self.accelerator, line))
@@ -92,10 +92,9 @@ def first_lines(samples: str, count: int = 2) -> list[str]:
     return [f"  {line[:100]}" for line in lines[:count]]
 
 
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
-    samples = generate_text(
-        model, tokenizer, "\n", num_return_sequences=3, max_new_tokens=500, temperature=0.8, seed=seed
-    )
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: RunSettings) -> str:
+    options = {"max_new_tokens": settings.sample_length, "temperature": 0.8, "seed": settings.seed}
+    samples = generate_text(model, tokenizer, "\n", num_return_sequences=3, **options)
     return printable("\n\n---\n\n".join(sample.strip() for sample in samples) + "\n")
 
 
@@ -104,7 +103,7 @@ def sample_base(accelerator: Accelerator, settings: RunSettings) -> str | None:
     base = settings.model_name_or_path
     try:
         model, tokenizer = load_model_and_tokenizer(base, to_write=True)
-        return sample(model.to(accelerator.device), tokenizer, settings.seed)
+        return sample(model.to(accelerator.device), tokenizer, settings)
     except UserError as error:
         say(accelerator, f"warning: no samples of the base, {first_line(error)}.")
         return None

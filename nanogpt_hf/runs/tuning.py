@@ -9,21 +9,20 @@ import numpy as np
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..analysis.verse_table import VERSE_COLUMNS, measure_written, whole_stanzas
-from ..common.errors import UserError
+from ..analysis.verse_table import VERSE_COLUMNS, measure_written
 from ..common.files import files_written_whole
 from ..common.tables import table
 from ..common.tuning_settings import CompletionSettings, PreferenceSettings, RewardSettings
 from ..data.conversations import load_conversations
 from ..data.corpora import AnyCorpus
 from ..data.token_stream import TokenStream
-from ..data.tokenization import encode
+from ..generation.stanza_writer import StanzaWriter
 from ..model.loading import load_model_and_tokenizer
 from ..training.checkpoints import Progress
 from ..training.completions import Completions, PackedWindows
 from ..training.evaluation import evaluate_split, validation_stream
 from ..training.loop import train
-from ..training.policy_gradient import GroupRelativePolicy, Writer
+from ..training.policy_gradient import GroupRelativePolicy
 from ..training.preferences import Pairs, Preferences
 from ..training.reporting import say
 from ..training.run_folder import alone_in
@@ -32,12 +31,10 @@ from ..verse.metre import Metre
 from ..verse.rewards import Rewards, scan_lines, spare_cores
 from ..verse.rhyme import Scheme
 from ..verse.scansion import FORMS, Form
+from ..verse.stanzas import first_lines, whole_stanzas
 from .finetuning import adapt_base, check_that_others_can_load
 from .run import describe, finish, make_ready, resolve, start, start_with
 from .showing import Showing
-
-HELD_OUT = 10  # every so many-th first line is kept for evaluation
-LEAST_PROMPTS = 20
 
 
 def tune_completions(settings: CompletionSettings) -> Progress:
@@ -175,25 +172,6 @@ def first_of(form: Form, lines: int | None) -> Form:
     return replace(form, scheme=Scheme(form.scheme.stanza[:lines])) if lines else form
 
 
-def first_lines(corpus: AnyCorpus, form: Form) -> tuple[list[str], list[str], list[str]]:
-    """First lines of the corpus's stanzas in the form, to tune on and to evaluate on, and the stanzas.
-
-    Raises:
-        UserError: there are too few.
-    """
-    stanzas = whole_stanzas(corpus.train, form)
-    scanned = scan_lines(stanzas, form)
-    stanzas = [stanza for stanza, lines in zip(stanzas, scanned, strict=True) if np.mean(lines.rhyme) >= 0.5]
-    if len(stanzas) < LEAST_PROMPTS:
-        raise UserError(
-            f"{corpus.name} holds {len(stanzas)} stanzas of {form.scheme.letters}, and their first lines are the "
-            f"prompts: give a corpus with {LEAST_PROMPTS} or more, or another --form or --scheme."
-        )
-    lines = [stanza.partition("\n")[0].strip() for stanza in stanzas]
-    held_out = lines[HELD_OUT - 1 :: HELD_OUT]
-    return [line for line in lines if line not in held_out], held_out, stanzas
-
-
 def rewards_objective(
     accelerator: Accelerator,
     settings: RewardSettings,
@@ -208,16 +186,17 @@ def rewards_objective(
     Raises:
         UserError: the corpus has too few stanzas of the form, or its text is too short.
     """
-    prompts, held_out, stanzas = first_lines(corpus, form)
-    write = writer_of(tokenizer, stanzas, len(rewards.form.scheme.stanza), settings.temperature)
+    first = first_lines(corpus.train, corpus.name, form)
+    lines = len(rewards.form.scheme.stanza)
+    write = StanzaWriter.like(first.stanzas, tokenizer, lines, settings.temperature)
     T = settings.n_positions
     return GroupRelativePolicy(
         accelerator,
         model,
         write,
         rewards,
-        prompts,
-        held_out,
+        first.to_learn,
+        first.held_out,
         TokenStream(corpus.ids("train", tokenizer), T, accelerator.device, corpus.name),
         validation_stream(tokenizer, corpus, T, accelerator.device),
         corpus.characters("validation"),
@@ -231,18 +210,6 @@ def rewards_objective(
     )
 
 
-def writer_of(
-    tokenizer: PreTrainedTokenizerFast, stanzas: Sequence[str], lines: int, temperature: float
-) -> Writer:
-    """A writer of texts of so many lines, and as long as in these stanzas.
-
-    Few stanzas are much longer than the others, and the longest one would decide how much is computed for each.
-    """
-    rests = ["\n".join(stanza.split("\n")[1:lines]) for stanza in stanzas]
-    longest = int(np.quantile([len(encode(tokenizer, rest)) for rest in rests], 0.98))
-    return Writer(tokenizer, lines, longest + 8, temperature)
-
-
 def write_pairs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -253,7 +220,7 @@ def write_pairs(
 ) -> Iterator[dict[str, str]]:
     """Preferences of the scanner: for each first line the best and the worst text of a model, by metre and rhyme."""
     real = whole_stanzas(documents, form)
-    write = writer_of(tokenizer, real, len(form.scheme.stanza), 0.8)
+    write = StanzaWriter.like(real, tokenizer, len(form.scheme.stanza), 0.8)
     for prompts in write.by_length([stanza.partition("\n")[0] for stanza in real]):
         texts = write(model, np.repeat(prompts, samples, axis=0), seed).texts
         worth = [
@@ -277,21 +244,22 @@ def compare_verse(
 ) -> None:
     """The table before and after, over texts that begin with lines not tuned on, beside real stanzas."""
     folder = Path(settings.folder())
-    after = load_model_and_tokenizer(str(folder))[0].to(accelerator.device)
-    real = whole_stanzas(corpus.train, form)
-    write = writer_of(objective.write.tokenizer, real, len(form.scheme.stanza), settings.temperature)
-    options = {"write": write, "texts": settings.table_texts, "seed": settings.seed + 1}
-    texts = {
-        "before": objective.write_held_out(objective.start, **options),
-        "after": objective.write_held_out(after, **options),
+    models = {
+        "before": objective.start,
+        "after": load_model_and_tokenizer(str(folder))[0].to(accelerator.device),
     }
-    rows = []
+    first = first_lines(corpus.train, corpus.name, form)
+    write = StanzaWriter.like(
+        first.stanzas, objective.write.tokenizer, len(form.scheme.stanza), settings.temperature
+    )
     size = sum(len(document.encode()) for document in corpus.validation)
-    for name, model in {"before": objective.start, "after": after}.items():
-        row = measure_written(name, texts[name], form, corpus.train)
+    rows, texts = [], {}
+    for name, model in models.items():
+        texts[name] = write.write_on(model, first.held_out, settings.table_texts, settings.seed + 1)
         split = evaluate_split(model, objective.validation, size, 64, accelerator)
+        row = measure_written(name, texts[name], form, corpus.train)
         rows.append(row | {"bits_per_byte": split.bits_per_char})
-    rows.append(measure_written("real stanzas", real, form))
+    rows.append(measure_written("real stanzas", whole_stanzas(corpus.train, form), form))
     text = table(rows, VERSE_COLUMNS)
     with files_written_whole(folder) as staging:
         (staging / "verse.md").write_text(text, encoding="utf-8")

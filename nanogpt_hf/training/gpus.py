@@ -47,7 +47,7 @@ def find_gpu(name: str, memory_gib: float | None = None, bf16_tflops: float | No
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Bfloat16 FLOPs a second of a GPU by the name that CUDA gives it, None of one that is not in the table."""
+    """Bfloat16 FLOPs per second of a GPU by the name that CUDA gives it, None of one that is not in the table."""
     words = [w for w in re.findall("[a-z0-9]+", device_name.lower()) if w not in ("nvidia", "geforce")]
     name = "".join(words[:2] if words[:1] == ["rtx"] else words[:1])
     # Cards of the same name with other rates.

@@ -18,36 +18,23 @@ Shapes: B texts, T tokens of the context, V vocabulary.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from ..data.token_stream import TokenStream, mix, permute
-from ..data.tokenization import encode
-from ..generation.text import generate_ids
+from ..generation.stanza_writer import StanzaWriter, Written
 from ..model.loading import context_length
 from ..verse.rewards import Rewards
 from .evaluation import evaluate_split
 from .objectives import Batch, Objective
 
 TEXT_EVERY = 4  # one window of text for so many texts that the model writes
-
-
-class Written(NamedTuple):
-    """Texts for prompts: ids (B P+N) of prompt and continuation, how many of the N count, and the texts.
-
-    lines: the line of the text to which each of the N tokens belongs, B N.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    lines: np.ndarray
-    texts: list[str]
 
 
 @dataclass(frozen=True)
@@ -62,77 +49,6 @@ class RewardsEvaluation:
     def loss(self) -> float:
         """What is missing to a reward of 1."""
         return 1 - self.reward
-
-
-class Writer:
-    """Writes texts that begin with given lines, to the end of a stanza.
-
-    Args:
-        lines: of the whole text, the given one among them. It also ends at an empty line or the end-of-text token.
-        max_new_tokens: N at most.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, lines: int, max_new_tokens: int, temperature: float
-    ):
-        self.tokenizer, self.lines = tokenizer, lines
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        self.newlines = np.array([piece.count("\n") for piece in pieces])
-        self.blank = np.array(["\n\n" in piece for piece in pieces])
-        self.begins, self.ends = (
-            np.array([bool(piece) and piece[at] == "\n" for piece in pieces]) for at in (0, -1)
-        )
-        self.blank[tokenizer.eos_token_id] = True
-
-    def encode(self, line: str) -> np.ndarray:
-        """The prompt of a first line: it begins a stanza."""
-        return encode(self.tokenizer, f"\n\n{line}\n")
-
-    def by_length(self, lines: Sequence[str]) -> list[np.ndarray]:
-        """The prompts of each length in tokens (N P), since texts are written side by side."""
-        found: dict[int, list[np.ndarray]] = {}
-        for line in lines:
-            ids = self.encode(line)
-            found.setdefault(len(ids), []).append(ids)
-        return [np.stack(found[length]) for length in sorted(found)]
-
-    def __call__(self, model: PreTrainedModel, prompts: np.ndarray, seed: int) -> Written:
-        """Continue prompts of one length (B P), as of `encode`."""
-        P = prompts.shape[1]
-        options: dict[str, Any] = {"temperature": self.temperature, "seed": seed}
-        ids = torch.from_numpy(prompts).long()
-        new, state = [], self._begin(len(prompts))
-        for step in generate_ids(model, ids, self.max_new_tokens, **options):
-            new.append(step.cpu().numpy())
-            state = self._follow(new[-1], *state)
-            if state[0].all():
-                break
-        return self._cut(np.concatenate((prompts, np.stack(new, axis=1)), axis=1), P)
-
-    def _begin(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """After the given line: whether a text is over, its newlines, and whether it ends in one; each B."""
-        return np.zeros(rows, bool), np.ones(rows, int), np.ones(rows, bool)
-
-    def _follow(
-        self, token: np.ndarray, over: np.ndarray, count: np.ndarray, last: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same after one more token (B)."""
-        count = count + self.newlines[token]
-        over = over | self.blank[token] | (self.begins[token] & last) | (count >= self.lines)
-        return over, count, self.ends[token]
-
-    def _cut(self, ids: np.ndarray, P: int) -> Written:
-        new = ids[:, P:]
-        over, count, last = self._begin(len(ids))
-        lengths, lines = np.zeros(len(ids), int), np.zeros(new.shape, int)
-        for place in range(new.shape[1]):
-            lines[:, place] = count
-            lengths += ~over
-            over, count, last = self._follow(new[:, place], over, count, last)
-        rows = [row[2 : P + length] for row, length in zip(ids, lengths, strict=True)]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return Written(ids, lengths, lines, [text.strip("\n") for text in texts])
 
 
 class GroupRelativePolicy(Objective):
@@ -151,7 +67,7 @@ class GroupRelativePolicy(Objective):
         self,
         accelerator: Accelerator,
         model: PreTrainedModel,
-        write: Writer,
+        write: StanzaWriter,
         rewards: Rewards,
         prompts: Sequence[str],
         held_out: Sequence[str],
@@ -292,12 +208,6 @@ class GroupRelativePolicy(Objective):
 
     def measured(self) -> dict[str, float]:
         return self.newest
-
-    def write_held_out(self, model: PreTrainedModel, write: Writer, texts: int, seed: int) -> list[str]:
-        """About so many texts for the prompts that are not tuned on, as many for each."""
-        each = max(1, round(texts / sum(map(len, self.held_out))))
-        batches = [np.repeat(prompts, each, axis=0) for prompts in self.held_out]
-        return [text for prompts in batches for text in write(model, prompts, seed).texts]
 
     def evaluate(self, model: nn.Module) -> RewardsEvaluation:
         prompts = max(self.held_out, key=len)  # of the commonest length, so that they are one batch

@@ -149,7 +149,7 @@ def same_run(settings: RunSettings, progress: Progress) -> dict[str, dict]:
     }
 
 
-def tracker_words(settings: RunSettings) -> list[str]:
+def describe_trackers(settings: RunSettings) -> list[str]:
     """How to look at what the trackers get."""
     words = {
         "trackio": f"trackio show --project {PROJECT}",
@@ -198,7 +198,7 @@ class RunLog:
                 )
             )
         if self.trackers:
-            say(accelerator, *tracker_words(settings))
+            say(accelerator, *describe_trackers(settings))
 
     def _tracked(self, action: Callable[[], object]) -> None:
         """A tracker that fails is given up with a sentence; the run goes on."""
