@@ -1,19 +1,31 @@
-"""What an adapter is put on, what of a model trains then, and the tokens that are added: on tiny models, without a run."""
+"""Bases, what an adapter is put on, what trains then, and the tokens that are added: on tiny models, without a run."""
 
+import json
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.settings import FinetuningSettings
+from nanogpt_hf.data.tokenization import extend_tokenizer, train_bpe_tokenizer
 from nanogpt_hf.training.lora import (
     add_adapter,
     called_projections,
     describe_trained,
     embed_new_tokens,
+    extend_embedding,
     find_targets,
+    load_base,
     public_base,
     quantization,
 )
@@ -145,7 +157,7 @@ def test_a_base_is_named_as_others_can_find_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("ids", [[38, 39], [40, 42]])
+@pytest.mark.parametrize("ids", [[38, 39], [39, 40], [40, 42]])
 def test_new_tokens_begin_as_the_mean_of_the_others_and_may_be_sampled(ids, tied):
     model = ours(tie_word_embeddings=tied)
     model.generation_config.suppress_tokens = [7, *ids]
@@ -169,6 +181,77 @@ def test_weights_of_few_bits_need_cuda(flag):
     assert quantization(SETTINGS, "cuda") == quantization(SETTINGS, "cpu") == {}
     with pytest.raises(ValueError, match=f"--{flag} needs a CUDA GPU"):
         quantization(replace(SETTINGS, **{flag: True}), "cpu")
+
+
+def as_checkpoint(folder, model, **changes):
+    """A checkpoint as transformers writes it, with a changed config.json."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+def gpt2(**fields):
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2, **fields))
+
+
+def test_a_base_is_held_in_the_class_that_its_adapter_must_load_on(tmp_path):
+    """GPT-2's modules have the same names in ours; those of others have not."""
+    for number, kind in enumerate((["GPT2LMHeadModel"], ["GPT2Model"], [], None)):
+        base = load_base(
+            as_checkpoint(tmp_path / str(number), gpt2().bfloat16(), architectures=kind), resid_pdrop=0.25
+        )
+        assert type(base) is NanoGPTForCausalLM and base.dtype == torch.float32
+        assert base.config.resid_pdrop == 0.25
+    plain = as_checkpoint(tmp_path / "llama", llama().bfloat16())
+    assert type(load_base(plain)) is LlamaForCausalLM and load_base(plain).dtype == torch.float32
+    with pytest.raises(ValueError, match="LlamaForCausalLM, which has no resid_pdrop to set"):
+        load_base(plain, resid_pdrop=0.25)
+    whole = load_base(plain, whole=True, resid_pdrop=0.25)
+    assert type(whole) is NanoGPTForCausalLM and whole.config.resid_pdrop == 0.25
+
+
+def test_what_is_no_base_is_refused(tmp_path):
+    other = as_checkpoint(tmp_path / "other", gpt2(), architectures=["GPT2ForSequenceClassification"])
+    with pytest.raises(ValueError, match="GPT2ForSequenceClassification"):
+        load_base(other)
+    (tmp_path / "other" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter, and a base is a whole model"):
+        load_base(other)
+
+
+def test_projections_that_only_lend_their_weights_are_left_out():
+    config = MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
+    assert find_targets(MambaForCausalLM(config), ["all"]) == ["mixer.in_proj", "mixer.x_proj"]
+
+
+def test_an_embedding_grows_by_what_a_tokenizer_learned():
+    before = train_bpe_tokenizer(["the winter of our discontent " * 9], 262)
+    after = extend_tokenizer(before, ["мой дядя самых честных правил " * 9], 5)
+    for rows in (
+        len(before),
+        len(before) + 2,
+        len(before) + 9,
+    ):  # some checkpoints have more rows than tokens
+        model = ours(vocab_size=rows)
+        old = model.lm_head.weight.detach().clone()
+        assert extend_embedding(model, before, before) == [] and len(model.lm_head.weight) == rows
+        new = extend_embedding(model, before, after)
+        assert new == [*range(len(before), len(after))]
+        assert len(model.lm_head.weight) == model.config.vocab_size == max(rows, len(after))
+        for token in new:
+            pieces = before.backend_tokenizer.model.tokenize(after.convert_ids_to_tokens(token))
+            torch.testing.assert_close(
+                model.lm_head.weight[token], old[[piece.id for piece in pieces]].mean(dim=0)
+            )
+
+
+def test_conv1d_and_linear_may_be_adapted_together():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_adapter(
+            ours(tie_word_embeddings=False), replace(SETTINGS, target_modules=["c_attn", "lm_head"]), []
+        )
 
 
 def test_what_peft_refuses_is_said_in_a_sentence():
