@@ -810,7 +810,15 @@ def corpus(tmp_path_factory):
 
 
 TINY = dict(
-    n_layer=1, n_embd=16, n_head=2, n_positions=16, max_steps=4, eval_steps=2, save_steps=4, use_cpu=True, sample_length=20
+    n_layer=1,
+    n_embd=16,
+    n_head=2,
+    n_positions=16,
+    max_steps=4,
+    eval_steps=2,
+    save_steps=4,
+    use_cpu=True,
+    sample_length=20,
 )
 PRETRAIN = "pretrain(TrainingSettings(**settings)) and None"
 

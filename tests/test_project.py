@@ -242,9 +242,7 @@ def test_launch_settings_are_what_accelerate_knows(path):
 @pytest.mark.parametrize("name, processes", [("cpu", 1), ("cpu_2_processes", 2)])
 def test_launch_settings_for_the_cpu_train(name, processes, tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 60, encoding="utf-8")
-    sizes = (
-        "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --max_steps 4 --sample_length 20"
-    )
+    sizes = "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --max_steps 4 --sample_length 20"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
