@@ -8,6 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.files import folder_written_whole
@@ -74,6 +76,17 @@ def test_what_was_saved_goes_on_to_the_bit(kind, tmp_path):
             assert new["lr"] == (0.5 if isinstance(optimizer, torch.optim.AdamW) else group["lr"])
             new["lr"] = group["lr"]  # a setting, and no state
     torch.testing.assert_close(take_steps(*other, seed=2), take_steps(*run, seed=2), rtol=0, atol=0)
+
+
+def test_a_class_that_saves_its_weights_under_other_names_than_it_has(tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = MixtralConfig(vocab_size=len(TOKENIZER), num_key_value_heads=1, num_local_experts=2, **sizes)
+    models = [MixtralForCausalLM(config) for _ in range(2)]
+    runs = [(model, make_optimizers(model, TrainingSettings(optim="adamw"))) for model in models]
+    folder = save(*runs[0], tmp_path / "step-0")
+    assert load_file(folder / "model.safetensors").keys() != models[0].state_dict().keys()
+    load_checkpoint(*runs[1], folder)
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=0, atol=0)
 
 
 def test_an_adapter_is_saved_alone_and_not_to_be_trained_by_who_loads_it(tmp_path):

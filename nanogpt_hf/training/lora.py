@@ -162,7 +162,6 @@ def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, new_tokens
     from peft import LoraConfig
 
     targets = find_targets(model, settings.target_modules)
-    adapted = [m for name, m in model.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets)]
     embeddings = [model.get_input_embeddings()]
     embeddings += [] if model.config.tie_word_embeddings else [model.get_output_embeddings()]
     named = {module: name.split(".")[-1] for name, module in model.named_modules()}
@@ -174,15 +173,10 @@ def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, new_tokens
         target_modules=targets,
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
-        fan_in_fan_out=any(
-            isinstance(module, Conv1D) for module in adapted
-        ),  # it holds its weight transposed
         trainable_token_indices={named[module]: new_tokens for module in embeddings} if new_tokens else None,
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="fan_in_fan_out"
-        )  # where Conv1D and Linear are both adapted
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it by each module's class
         try:
             model.add_adapter(config)
         except ValueError as error:
