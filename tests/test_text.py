@@ -186,6 +186,12 @@ def test_a_character_of_several_bytes_is_given_out_whole_or_at_the_end_as_none(c
     assert generate_text(model, tokenizer, "a", max_new_tokens=1, temperature=0) == ["\ufffd"]
 
 
+def test_a_special_token_that_ends_nothing_is_not_shown():
+    tokenizer = TOKENIZERS["char"]
+    t = int(encode(tokenizer, "t")[0])
+    assert written(tokenizer, "t", [t, tokenizer.eos_token_id, t]) == "tt"
+
+
 def test_what_may_become_a_stop_string_is_held_back():
     tokenizer = make_tokenizer("char", ["abc"], 0)
     row, news = Continuation(tokenizer, "a", stop=["abc", "b"]), []
