@@ -4,6 +4,8 @@ Importing the package registers its model with transformers' auto classes, as so
 they need, takes seconds, and a command line has to answer before.
 """
 
+from . import common  # noqa: F401, I001  first, for it answers Ctrl-C while all else is imported
+
 from importlib import import_module
 from types import ModuleType
 from typing import Any

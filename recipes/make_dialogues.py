@@ -19,8 +19,9 @@ from typing import Literal
 from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
+from nanogpt_hf.common.paths import check_model_name
 from nanogpt_hf.common.settings import Settings, setting
-from nanogpt_hf.data.corpora import load_corpus
+from nanogpt_hf.data.sources import check_corpus
 from nanogpt_hf.verse.scansion import FORMS
 
 
@@ -33,6 +34,11 @@ class DialogueSettings(Settings):
     model: str | None = setting(None, "for pairs: what writes them")
     samples: int = setting(16, "for pairs: texts that are written for each prompt", ge=2)
     use_cpu: bool = setting(False, "do not use a GPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "verse_pairs" and self.model is None:
+            raise UserError("--model is missing: give the run folder of the model that writes the pairs.")
 
 
 def stanzas(documents: Sequence[str], settings: DialogueSettings) -> Iterator[dict]:
@@ -60,8 +66,6 @@ def verse_pairs(documents: Sequence[str], settings: DialogueSettings) -> Iterato
     from nanogpt_hf.runs.tuning import write_pairs
     from nanogpt_hf.training.hardware import device_type
 
-    if settings.model is None:
-        raise UserError("--model is missing: give the run folder of the model that writes the pairs.")
     model, tokenizer = load_model_and_tokenizer(settings.model)
     model.to(device_type(settings.use_cpu))
     yield from write_pairs(model, tokenizer, documents, FORMS[settings.form], settings.samples)
@@ -74,6 +78,11 @@ def main() -> None:
     file = Path(settings.output_file or default)
     if file.exists():
         raise UserError(f"--output_file {file} is there already: give another name, or remove it.")
+    check_corpus(settings.corpus)
+    if settings.model:
+        check_model_name(settings.model)
+    from nanogpt_hf.data.corpora import load_corpus  # with torch, which takes seconds
+
     rows = [*kinds[settings.kind](load_corpus(settings.corpus).train, settings)]
     if not rows:
         raise UserError(

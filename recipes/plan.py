@@ -15,26 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt_hf.analysis.planning import (
-    LAYOUT_SIZES,
-    RESERVED,
-    check_layout,
-    draw_memory,
-    fill_layout,
-    measure_size,
-    plan_budgets,
-    plan_layout,
-    usual_layouts,
-)
 from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole, written_if_possible
 from nanogpt_hf.common.paths import check_unused
-from nanogpt_hf.common.settings import setting
+from nanogpt_hf.common.settings import Settings, setting
 from nanogpt_hf.common.tables import table
-from nanogpt_hf.model import find_preset
-from nanogpt_hf.model.loading import make_config
-from nanogpt_hf.training.gpus import find_gpu
 
 BUDGET_COLUMNS = {
     "tokens_by": ("tokens by", "{}"),
@@ -59,27 +45,31 @@ CHARACTERS = (
 CONFIG_FIELDS = ("n_kv_head", "vocab_size", "n_positions")
 
 
-@dataclass
-class PlanSettings:
+@dataclass(frozen=True)
+class PlanSettings(Settings):
+    """Planning"""
+
     preset: str = setting("gpt2", "named size: cpu, baby, gpt2 … gpt2-xl, gpt3-small … gpt3-175b")
     architecture: Literal["gpt2", "qwen3", "llama", "modern"] = setting(
         "gpt2", "gpt2, qwen3 or llama: the block of that family (modern is qwen3's old name)"
     )
-    n_kv_head: int | None = setting(None, "heads of keys and values; default: as many as of queries")
-    vocab_size: int | None = setting(None, "tokens of the vocabulary; default: the preset's")
-    n_positions: int | None = setting(None, "context length, in tokens; default: the preset's")
+    n_kv_head: int | None = setting(None, "heads of keys and values; default: as many as of queries", ge=1)
+    vocab_size: int | None = setting(None, "tokens of the vocabulary; default: the preset's", ge=1)
+    n_positions: int | None = setting(None, "context length, in tokens; default: the preset's", ge=1)
     dropout: float = setting(0.0, "its masks take memory")
-    gpus: int = setting(1, "GPUs in all")
+    gpus: int = setting(1, "GPUs in all", ge=1)
     gpu: str = setting(
         "h100", "b200, h200, h100, a100, a100-40gb, l40s, l4, rtx4090, rtx3090, or any other name"
     )
-    gpu_memory_gib: float | None = setting(None, "memory of a GPU, instead of the table's")
-    gpu_tflops: float | None = setting(None, "its dense bfloat16 TFLOP/s, instead of the table's")
-    mfu: float = setting(0.4, "share of those TFLOP/s that the model's FLOPs will get")
-    batch_tokens: int | None = setting(
-        None, "tokens a step on all GPUs; default: those published for the preset"
+    gpu_memory_gib: float | None = setting(None, "memory of a GPU, instead of the table's", gt=0, lt=1e9)
+    gpu_tflops: float | None = setting(
+        None, "its dense bfloat16 TFLOP/s, instead of the table's", gt=0, lt=1e9
     )
-    per_device_train_batch_size: int = setting(1, "sequences a device and micro-batch")
+    mfu: float = setting(0.4, "share of those TFLOP/s that the model's FLOPs will get", gt=0, le=1)
+    batch_tokens: int | None = setting(
+        None, "tokens a step on all GPUs; default: those published for the preset", ge=1
+    )
+    per_device_train_batch_size: int = setting(1, "sequences a device and micro-batch", ge=1)
     dp_replicate_size: int | None = setting(None, "copies that see different data; alone: DDP")
     dp_shard_size: int | None = setting(
         None, "GPUs that share one copy (FSDP2); default: those that are left"
@@ -92,21 +82,26 @@ class PlanSettings:
     output_dir: str | None = setting(None, "folder for plan.json and memory.png")
     overwrite_output_dir: bool = setting(False, "replace these files in the folder")
 
-    def __post_init__(self):
-        for name in (*CONFIG_FIELDS, "gpus", "batch_tokens", "per_device_train_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1.")
-        for name in ("gpu_memory_gib", "gpu_tflops"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e9:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be more than 0.")
-        if not 0 < self.mfu <= 1:
-            raise UserError(f"--mfu is {self.mfu}, it must be more than 0 and at most 1.")
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(PlanSettings, __doc__, argv)
     if settings.output_dir and not settings.overwrite_output_dir:
         check_unused(settings.output_dir, ("plan.json", "memory.png"))
+    from nanogpt_hf.analysis.planning import (  # with torch, which takes seconds
+        LAYOUT_SIZES,
+        RESERVED,
+        check_layout,
+        draw_memory,
+        fill_layout,
+        measure_size,
+        plan_budgets,
+        plan_layout,
+        usual_layouts,
+    )
+    from nanogpt_hf.model import find_preset
+    from nanogpt_hf.model.loading import make_config
+    from nanogpt_hf.training.gpus import find_gpu
+
     preset, gpu = (
         find_preset(settings.preset),
         find_gpu(settings.gpu, settings.gpu_memory_gib, settings.gpu_tflops),

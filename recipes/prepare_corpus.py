@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_hf.common.cli import parse, run_recipe, tell
+from nanogpt_hf.common.recipes import command
 from nanogpt_hf.common.settings import TextSettings, changed, setting, short_name
 from nanogpt_hf.data.sources import check_corpora
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"characters ({split['characters'] / characters:.2%}) in {len(split['shards'])} shards of {index['dtype']}"
         )
     tell(f"{settings.folder()}, {time.perf_counter() - started:.1f} s")
-    tell(f"train on it   accelerate launch recipes/pretrain.py --corpus {settings.folder()}")
+    tell(f"train on it   {command('pretrain')} --corpus {settings.folder()}")
 
 
 if __name__ == "__main__":

@@ -23,16 +23,14 @@ from typing import Literal
 
 from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.settings import Format, setting
-from nanogpt_hf.sharing.export import base_of, export_run
-from nanogpt_hf.sharing.hub import check_push, push, push_space
-from nanogpt_hf.sharing.nanogpt_import import GPT2_TOKENIZER, import_nanogpt
-from nanogpt_hf.sharing.space import write_space
-from nanogpt_hf.sharing.static_page import write_page
+from nanogpt_hf.common.paths import check_folder
+from nanogpt_hf.common.settings import Format, Settings, setting
 
 
-@dataclass
-class ShareSettings:
+@dataclass(frozen=True)
+class ShareSettings(Settings):
+    """Sharing"""
+
     model: str | None = setting(
         None, "run folder, or any folder with a checkpoint of ours; for gguf any GPT-2, Qwen3 or Llama"
     )
@@ -47,9 +45,10 @@ class ShareSettings:
     push_to_hub: bool = setting(False, "upload that Space, to --hub_model_id or by its folder's name")
     from_nanogpt: str | None = setting(None, "nanoGPT's out_dir, whose ckpt.pt to write into --output_dir")
     text: str | None = setting(None, "the text that nanoGPT's characters are from, if there is no meta.pkl")
-    tokenizer: str = setting(GPT2_TOKENIZER, "that nanoGPT's subwords are from, a folder or Hub id")
+    tokenizer: str = setting("openai-community/gpt2", "that nanoGPT's subwords are from, a folder or Hub id")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.from_nanogpt and (self.model or self.hub_model_id or not self.output_dir):
             raise UserError(
                 "--from_nanogpt goes with --output_dir alone: write the run folder first, then share it."
@@ -75,6 +74,13 @@ class ShareSettings:
 
 def main() -> None:
     settings = parse(ShareSettings, __doc__)
+    check_folder(settings.from_nanogpt or settings.model)
+    from nanogpt_hf.sharing.export import base_of, export_run  # with torch, which takes seconds
+    from nanogpt_hf.sharing.hub import check_push, push, push_space
+    from nanogpt_hf.sharing.nanogpt_import import import_nanogpt
+    from nanogpt_hf.sharing.space import write_space
+    from nanogpt_hf.sharing.static_page import write_page
+
     if settings.from_nanogpt:
         import_nanogpt(settings.from_nanogpt, settings.output_dir, settings.text, settings.tokenizer)
         tell(f"written to {settings.output_dir}")

@@ -10,16 +10,18 @@ It prints what a token holds, as a row of the table in tokenizers/README.md. The
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Literal
 
 from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole
 from nanogpt_hf.common.settings import TextSettings, as_file_name, changed, setting, short_name
-from nanogpt_hf.data.corpora import AnyCorpus, load_corpus
-from nanogpt_hf.data.tokenization import longest_tokens, make_tokenizer
+from nanogpt_hf.data.sources import check_corpora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from nanogpt_hf.data.corpora import AnyCorpus
 
 HEADER = (
     "| tokenizer | tokens | characters a token, training | validation | longest tokens |\n"
@@ -64,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--output_dir {folder} exists: give another, or --overwrite_output_dir for a folder."
         )
+    check_corpora(settings.corpus, settings.validation_file)
+    from nanogpt_hf.data.corpora import load_corpus  # with torch, which takes seconds
+    from nanogpt_hf.data.tokenization import make_tokenizer
+
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage, **settings.reading_options())
     tell(*([f"NOTE: {corpus.notice}"] if corpus.notice else []), *corpus.reading)
     tokenizer = make_tokenizer(settings.kind, corpus.train, settings.vocab_size, corpus.validation)
@@ -77,11 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     tell(HEADER, row(folder.name, tokenizer, corpus))
 
 
-def row(name: str, tokenizer: PreTrainedTokenizerFast, corpus: AnyCorpus) -> str:
+def row(name: str, tokenizer: "PreTrainedTokenizerFast", corpus: "AnyCorpus") -> str:
     """A row of the table: name, vocabulary, characters a token on both splits, longest tokens decoded.
 
     Where every token is one character, these are the corpus's alphabet, 40 at a time.
     """
+    from nanogpt_hf.data.tokenization import longest_tokens
+
     splits = ("train", "validation")
     per_token = [corpus.characters(split) / len(corpus.ids(split, tokenizer)) for split in splits]
     tokens = longest_tokens(tokenizer, 8)

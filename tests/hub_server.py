@@ -304,6 +304,8 @@ class HubServer:
         """The answer to a request, None if there is no such endpoint; raises Refusal. Call under the lock."""
         path, _, query = target.partition("?")
         match method, [unquote(segment) for segment in path.split("/")[1:]]:
+            case "HEAD", [""]:
+                return Response({})
             case "GET", ["api", "agent-harnesses"]:
                 return Response({"standardEnvVars": [], "harnesses": {}})
             case "GET", ["api", "whoami-v2"]:

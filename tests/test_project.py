@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -51,25 +52,32 @@ def test_the_readme_names_every_recipe_and_no_line_is_wider_than_a_page():
     assert max(map(len, README.splitlines())) <= 120
 
 
-class Parsed(Exception):
-    """What a recipe was told."""
+class Read(Exception):
+    """What was made of a recipe's settings."""
 
 
-def told(recipe, words, monkeypatch):
-    """The settings that a recipe's own parser makes of a command line, without its paths being looked for."""
+def settings_of(recipe, make, monkeypatch):
+    """What `make` makes of the class of a recipe's settings, its docstring and its positional, where it would read them."""
     spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
     def read(cls, description, *arguments, **options):
-        raise Parsed(parse(cls, description, words, positional=options.get("positional")))
+        raise Read(make(cls, description, options.get("positional")))
 
     for name in ("parse", "read_settings"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, read)
-    with pytest.raises(Parsed) as end:
+    with pytest.raises(Read) as end:
         module.main()
     return end.value.args[0]
+
+
+def told(recipe, words, monkeypatch):
+    """The settings that a recipe's own parser makes of a command line, without its paths being looked for."""
+    return settings_of(
+        recipe, lambda cls, help, first: parse(cls, help, words, positional=first), monkeypatch
+    )
 
 
 def commands(text):
@@ -89,6 +97,15 @@ def test_the_readmes_commands_are_understood_by_their_recipes(monkeypatch):
     assert len(found) > 8
     for recipe, words in found:
         assert told(recipe, words, monkeypatch), (recipe, words)
+
+
+def test_every_flag_in_the_readmes_prose_is_a_setting(monkeypatch):
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    named = {flag for code in re.findall("`[^`]+`", prose) for flag in re.findall(r"--(\w+)", code)}
+    known = {"help", "config"}  # of every recipe
+    for path in ROOT.glob("recipes/*.py"):
+        known |= settings_of(path.stem, lambda cls, *_: {field.name for field in fields(cls)}, monkeypatch)
+    assert len(named) > 8 and named <= known, named - known
 
 
 def test_a_wrong_flag_in_the_readme_would_be_seen(monkeypatch):
@@ -188,18 +205,38 @@ def test_a_planted_import_is_seen(module, line, tmp_path):
 
 
 def test_a_command_line_is_answered_without_torch():
-    """Importing torch takes seconds; a misspelt flag and --help have to be answered before."""
-    for words in (["--help"], ["--lr", "3"], ["--corpus", "nowhere.txt"]):
-        for recipe in ("pretrain_char", "pretrain_bpe", "pretrain", "finetune_lora"):
-            script = f"recipes/{recipe}.py"
-            code = (
-                "import runpy, sys\n"
-                f"sys.argv = {[script, *words]!r}\n"
-                f"try:\n    runpy.run_path({script!r}, run_name='__main__')\n"
-                "except SystemExit:\n    sys.exit('torch' in sys.modules)"
-            )
-            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, (recipe, words, done.stderr)
+    """Importing torch takes seconds; --help, a misspelt flag and what is not there have to be answered before."""
+    done = subprocess.run([sys.executable, "-c", ANSWERED], cwd=ROOT, capture_output=True, text=True)
+    wrong = [line for line in done.stderr.splitlines() if not line.startswith("error: ")]
+    assert done.returncode == 0 and not wrong, wrong
+    assert (
+        done.stderr.count("did you mean nanogpt_hf/model?") >= 8 and done.stderr.count("'nowhere.txt'") >= 8
+    )
+
+
+ANSWERED = """
+import runpy, sys
+from pathlib import Path
+
+for script in sorted(Path("recipes").glob("*.py")):
+    for words, status in (
+        (["--help"], 0),
+        (["--zzz", "3"], 2),
+        (["--config", "accelerate_configs/cpu.yaml"], 2),
+        (["--corpus", "nowhere.txt"], 2),
+        (["--model", "nanogpt_hf/modell", "--output_dir", "zzz"], 2),
+        (["--model_name_or_path", "nanogpt_hf/modell"], 2),
+    ):
+        sys.argv = [str(script), *words]
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+            ended = 0
+        except SystemExit as end:
+            ended = end.code or 0
+        if (ended, "torch" in sys.modules) != (status, False):
+            print(script.name, words, ended, "torch" in sys.modules, file=sys.stderr)
+            sys.exit(1)
+"""
 
 
 def test_no_script_has_the_name_of_a_module_of_python():

@@ -196,6 +196,8 @@ def bad_inputs(tmp_path, text, run_folder):
         ([*corpus, "--tokenizer", tmp_path / "no_text"], "no tokenizer can be loaded"),
         ([*corpus, "--tokenizer", "bpe", "--vocab_size", "100"], "at least 257"),
         ([*corpus, "--model_name_or_path", tmp_path / "mismatch"], "do not belong together"),
+        ([*corpus, "--model_name_or_path", run_folder, "--n_layer", "3"], "the base has its own, 2: leave"),
+        ([*corpus, "--model_name_or_path", run_folder, "--tokenizer", "bpe"], "the base has its own: leave"),
         ([*corpus, "--report_to", "excel"], "not a tracker"),
         ([*corpus, "--lr_scheduler_type", "zigzag"], "not one of"),
         ([*corpus, "--config", tmp_path / "bad.yaml"], "did you mean max_steps"),

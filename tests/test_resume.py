@@ -21,13 +21,8 @@ from processes import (
     write_corpus,
 )
 
-from nanogpt_hf.common.files import folder_written_whole
 from nanogpt_hf.training.checkpoints import (
-    Progress,
-    damage,
     list_checkpoints,
-    newest_good,
-    prune,
     read_progress,
 )
 
@@ -259,10 +254,11 @@ def test_overwriting_deletes_what_a_run_has_made_and_nothing_else(corpus, tmp_pa
     folder = tmp_path / "run"
     train_here(training_words(folder, corpus))
     (folder / "notes.txt").write_text("mine")
+    (folder / ".unfinished-novel").mkdir()
     assert "not empty" in refusal(training_words(folder, corpus))
     train_here(training_words(folder, corpus, "--max_steps", "3", "--overwrite_output_dir"))
     assert steps(folder) == [3] and [row["step"] for row in metrics(folder)] == [3]
-    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / ".unfinished-novel").is_dir()
 
 
 def test_what_no_run_has_made_is_not_overwritten(corpus, tmp_path):
@@ -302,57 +298,6 @@ def test_processes_that_read_different_texts_do_not_train(corpus, tmp_path):
     ]
     assert [run.wait() for run in runs] == [2, 2]
     assert "have read different texts" in runs[0].said() and not (tmp_path / "run").exists()
-
-
-# --- which checkpoints are kept ---
-
-
-def write_checkpoint(folder: Path, step: int) -> Path:
-    path = folder / f"step-{step}"
-    with folder_written_whole(path) as staging:
-        (staging / "optimizer.safetensors").write_bytes(bytes(range(256)))
-        (staging / "progress.json").write_text(json.dumps(asdict(Progress(step=step))))
-    return path
-
-
-def break_it(checkpoint: Path) -> None:
-    (checkpoint / "optimizer.safetensors").write_bytes(b"")
-
-
-@pytest.mark.parametrize(
-    "present, broken, newest, keep, left",
-    [
-        ([10, 20], [], 30, 2, [20, 30]),
-        ([10, 20], [20], 30, 2, [10, 20, 30]),  # what is left would be one good checkpoint
-        ([10, 20], [20], 30, 1, [30]),
-        ([10, 20, 30], [30], 25, 1, [25]),  # the run went on from 20: 30 is of a course it has left
-        ([10, 20, 30], [], 25, 2, [20, 25]),
-        ([5, 10, 20], [10, 20], 30, 3, [5, 10, 20, 30]),
-        ([5, 10, 20, 25], [10], 30, 3, [20, 25, 30]),
-    ],
-)
-def test_the_limit_counts_good_checkpoints(tmp_path, present, broken, newest, keep, left):
-    for step in present:
-        write_checkpoint(tmp_path, step)
-    for step in broken:
-        break_it(tmp_path / f"step-{step}")
-    prune(write_checkpoint(tmp_path, newest), keep)
-    assert [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path)] == left
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"step-{step}" for step in left)
-    assert newest_good(tmp_path) == (tmp_path / f"step-{newest}", [])
-
-
-def test_names_that_only_look_like_checkpoints_are_left_alone(tmp_path):
-    for name in ("step-05", "step-", "step-x", "step-1-backup", "step-²"):
-        (tmp_path / name).mkdir()
-    prune(write_checkpoint(tmp_path, 30), 1)
-    assert len(list(tmp_path.iterdir())) == 6
-
-
-def test_a_checkpoint_of_the_same_step_replaces_the_other(tmp_path):
-    break_it(write_checkpoint(tmp_path, 10))
-    write_checkpoint(tmp_path, 10)
-    assert damage(tmp_path / "step-10") is None and len(list(tmp_path.iterdir())) == 1
 
 
 # --- trackers ---

@@ -605,6 +605,7 @@ def test_a_base_in_bfloat16_is_trained_in_float32(corpus, copied, tmp_path):
     words = training_words(tmp_path / "on", corpus, "--model_name_or_path", copied, "--learning_rate", "1e-5")
     finished([*words, "--muon_learning_rate", "1e-5"])
     before, after = (load_file(folder / "model.safetensors") for folder in (copied, tmp_path / "on"))
+    assert yaml.safe_load((tmp_path / "on" / "run.yaml").read_text())["tokenizer"] == str(copied)
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     moved = sum((after[name] != tensor.float()).sum().item() for name, tensor in before.items())
     assert moved > 0.5 * sum(tensor.numel() for tensor in before.values())
@@ -622,6 +623,8 @@ def test_a_kill_in_the_middle_and_the_same_end(corpus, whole, tmp_path):
     run.wait_for(folder / "checkpoints" / "step-15")
     run.signal(signal.SIGKILL)
     run.wait()
+    delete_left_overs(folder)  # as the next writer does
+    state_of_the_top(folder)
     finished([*words, *GO_ON], log=tmp_path / "log", **PRETRAIN)
     assert digests(folder) == digests(whole) and without_times(metrics(folder)) == without_times(
         metrics(whole)

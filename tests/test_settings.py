@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.settings import TrainingSettings, public_values
+from nanogpt_hf.common.settings import FinetuningSettings, TrainingSettings, default_folder, public_values
+from nanogpt_hf.generation.sampling_settings import SamplingSettings
 from nanogpt_hf.runs.command_line import earlier
 
 
@@ -94,7 +95,10 @@ def test_help_shows_every_setting_with_its_default(capsys):
     text = capsys.readouterr().out
     assert end.value.code == 0
     assert all(f"--{name}" in text for name in vars(TrainingSettings()))
-    assert "1337" in text
+    assert "1337" in text and "for instance the run.yaml of a run" in " ".join(text.split())
+    with pytest.raises(SystemExit):
+        parse(SamplingSettings, "help", ["--help"])
+    assert "run.yaml" not in capsys.readouterr().out, "it would be refused"
 
 
 def test_null_in_a_file_and_none_on_the_command_line_switch_a_setting_off(tmp_path):
@@ -117,6 +121,15 @@ def test_a_runs_own_file_repeats_it_in_a_new_folder(tmp_path):
     assert (settings.output_dir, settings.seed) == (f"{folder}-2", 7)
     goes_on = read("--config", str(folder / "run.yaml"), "--resume_from_checkpoint", "last")
     assert goes_on.output_dir == str(folder)
+
+
+def test_a_fine_tunings_file_of_an_earlier_version_is_read(tmp_path):
+    """It had the settings of pretraining too, which said nothing."""
+    (tmp_path / "run.yaml").write_text("tokenizer: ''\npreset: null\nn_layer: null\nseed: 7\n")
+    words = ["--config", str(tmp_path / "run.yaml")]
+    assert parse(FinetuningSettings, "help", words).seed == 7
+    with pytest.raises(UserError, match="sets 'tokenizer', which is no setting"):
+        parse(SamplingSettings, "help", words)
 
 
 def test_of_epochs_and_steps_the_one_that_is_said_counts():
@@ -175,6 +188,19 @@ def test_settings_come_back_from_their_file(values):
         path = Path(folder) / "settings.yaml"
         path.write_text(yaml.safe_dump(public_values(written)))
         assert read("--config", str(path)) == written
+
+
+@pytest.mark.parametrize(
+    "corpus, folder",
+    [
+        ("gl/*.txt", "gl-char"),
+        ("my texts/", "my-texts-char"),
+        ("a/книга.txt", "книга-char"),
+        ("*", "corpus-char"),
+    ],
+)
+def test_a_run_is_called_by_its_corpus(corpus, folder):
+    assert default_folder(corpus, "char") == str(Path("runs", folder))
 
 
 def test_a_run_of_an_earlier_version_goes_on_without_what_it_did_not_have(tmp_path):

@@ -137,6 +137,15 @@ def test_a_validation_file_that_cannot_be_is_refused(tmp_path, own, says):
         load_corpus(str(tmp_path / "a.txt"), validation_file=str(tmp_path / own))
 
 
+def test_too_little_to_predict_is_refused_with_the_flags_that_help(tmp_path):
+    write(tmp_path, {"a.txt": "to be or not to be " * 40, "own.txt": "t"})
+    words = training_words(tmp_path / "run", tmp_path / "a.txt", "--validation_file", tmp_path / "own.txt")
+    with pytest.raises(
+        UserError, match="a longer --validation_file or a larger --validation_split_percentage"
+    ):
+        train_here(words)
+
+
 def test_every_recipe_that_reads_takes_a_validation_file(tmp_path, capsys, own_accelerate_state):
     write(tmp_path, {"a.txt": "to be or not to be " * 40, "own.txt": "that is the question " * 20})
     files = ["--corpus", tmp_path / "a.txt", "--validation_file", tmp_path / "own.txt"]

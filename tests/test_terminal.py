@@ -302,7 +302,7 @@ def sample(capsys, *words):
 
 
 def test_many_prompts_become_lines_that_can_be_had_again(folders, tmp_path, capsys):
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n\n"c\\nd"\n', encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\r\n\r\n"c\\nd"\r\n', encoding="utf-8-sig")
     out = tmp_path / "texts.jsonl"
     words = [folders["one"], "--compare", folders["two"], "--prompts", tmp_path / "prompts.jsonl"]
     words += ["--num_return_sequences", 2, "--max_new_tokens", 9, "--temperature", 0.9]
@@ -323,7 +323,7 @@ def test_many_prompts_become_lines_that_can_be_had_again(folders, tmp_path, caps
 
 
 def test_a_prompt_from_a_file_and_texts_into_one(folders, tmp_path, capsys):
-    (tmp_path / "prompt.txt").write_bytes(b"ab\\n\nc")
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfab\\n\nc")
     words = [folders["one"], "--prompt_file", tmp_path / "prompt.txt", "--seed", 1, "--max_new_tokens", 9]
     status, said, _ = sample(capsys, *words)
     assert status == 0 and said.startswith("ab\\n\nc")

@@ -162,6 +162,48 @@ def test_a_text_ends_at_what_the_generation_config_calls_an_end():
     assert generate_text(model, tokenizer, "a", max_new_tokens=9, temperature=0) == [""]
 
 
+def test_each_of_several_texts_goes_on_to_its_own_end():
+    model, tokenizer = fixed({"b": 2.0})
+    model.lm_head.bias.data[tokenizer.eos_token_id] = 1.0
+    options = dict(num_return_sequences=8, max_new_tokens=30, temperature=1, seed=1)
+    texts = generate_text(model, tokenizer, "a", **options)
+    assert len(texts) == 8 and len({*texts}) > 3 and all(set(text) <= {"b"} for text in texts)
+    pieces = list(stream_text(model, tokenizer, "a", **options))
+    assert ["".join(of_one) for of_one in zip(*pieces, strict=True)] == texts
+    assert len(pieces) == min(30, max(map(len, texts)) + 1)  # nothing is computed after the last one's end
+
+
+@pytest.mark.parametrize("character", ["ё", "€", "😀"])
+def test_a_character_of_several_bytes_is_given_out_whole_or_at_the_end_as_none(character):
+    tokenizer, ids = TOKENIZERS["char"], list(character.encode())
+    row, news = Continuation(tokenizer, "t"), []
+    for token in ids * 2:
+        row.add(token)
+        news.append(row.news())
+    assert news == [*[""] * (len(ids) - 1), character] * 2
+    model, tokenizer = fixed({})
+    model.lm_head.bias.data[ids[0]] = 1.0  # no second byte follows
+    assert generate_text(model, tokenizer, "a", max_new_tokens=1, temperature=0) == ["\ufffd"]
+
+
+def test_what_may_become_a_stop_string_is_held_back():
+    tokenizer = make_tokenizer("char", ["abc"], 0)
+    row, news = Continuation(tokenizer, "a", stop=["abc", "b"]), []
+    for token in encode(tokenizer, "caacab"):
+        row.add(int(token))
+        news.append(row.news())
+    assert news == ["", "", "c", "a", "a", "ca"] and row.ended
+    row.add(int(encode(tokenizer, "c")[0]))
+    row.finish()
+    assert row.news() == "" and row.text == "caaca"
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800", "\udfff"])
+def test_a_prompt_that_is_no_unicode_is_refused(prompt):
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        next(stream_text(*fixed({}), prompt))
+
+
 def test_ids_are_a_prompt_too_with_special_tokens_for_what_they_are():
     torch.manual_seed(0)
     model, tokenizer = fixed({"a": 1.0, "b": 2.0})

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
+from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.corpora import load_corpus
 from nanogpt_hf.data.tokenization import (
     CHUNK,
@@ -27,6 +28,7 @@ from nanogpt_hf.data.tokenization import (
     pieces,
     short_words,
 )
+from nanogpt_hf.runs.pretraining import vocabulary_words
 from recipes.train_tokenizer import main as train_tokenizer
 
 ARTEFACTS = Path(__file__).parents[1] / "tokenizers"
@@ -277,6 +279,22 @@ def test_long_words_are_cut_for_the_trainer_and_other_texts_are_not_changed():
     )
     cut = list(short_words("x" * 10**6 + " words as they are"))
     assert "".join(cut) == "x" * 10**6 + " words as they are" and max(map(len, cut)) <= 2 * LONG_WORD
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "said"),
+    [
+        ("bpe", 100_000, "has 265 tokens and not --vocab_size 100,000: the text has merges for no more"),
+        ("bpe", 260, None),
+        ("char", 300, "and not --vocab_size 300: it has the text's characters"),
+        ("char", TrainingSettings.vocab_size, None),
+        (str(ARTEFACTS / "tiny_shakespeare-bpe-1024"), 300, None),
+    ],
+)
+def test_a_vocabulary_of_another_size_than_was_asked_for_is_said(kind, asked, said):
+    tokenizer = make_tokenizer(kind, ["to be or not to be"], asked)
+    words = vocabulary_words(TrainingSettings(tokenizer=kind, vocab_size=asked), tokenizer)
+    assert len(words) == bool(said) and (said or "") in "".join(words)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 256])

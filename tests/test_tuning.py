@@ -1,5 +1,6 @@
 """The second stage: what completions, preferences and rewards count, and that each run goes on exactly."""
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -179,6 +180,7 @@ def test_a_conversation_is_learned_where_the_assistant_speaks(tokenizer, tmp_pat
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages must be"),
         ({"prompt": "a", "completion": 3}, "no text in 'completion'"),
         ({"instruction": "", "output": "b"}, "no text in 'instruction'"),
+        ({"prompt": "a", "completion": "b\ud83d"}, "half of a surrogate pair"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named(tmp_path, row, message):
@@ -186,6 +188,28 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, row, message):
     with pytest.raises(UserError, match=message) as refused:
         load_conversations(str(path), 10)
     assert "line 2 of rows.jsonl" in str(refused.value)
+
+
+def test_rows_are_read_as_texts_are(tmp_path):
+    """Compressed, from Windows, and in files that are called .json."""
+    lines = "".join(json.dumps(row) + "\r\n" for row in ROWS * 4)
+    for name in ("rows.jsonl.gz", "rows.json"):
+        content = lines.encode("utf-8-sig")
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert sum(map(len, load_conversations(str(tmp_path / name), 10).rows.values())) == len(ROWS) * 4
+    for text in (json.dumps(ROWS), json.dumps(ROWS, indent=1)):
+        (tmp_path / "list.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"convert it: jq -c '\.\[\]' .*list.json > .*list.jsonl"):
+            load_conversations(str(tmp_path / "list.json"), 10)
+    (tmp_path / "other.jsonl").write_text(lines, encoding="utf-16")
+    with pytest.raises(UserError, match="convert it: iconv -f UTF-16"):
+        load_conversations(str(tmp_path / "other.jsonl"), 10)
+
+
+def test_what_prompts_fill_is_named_by_its_split(tokenizer):
+    long = encode_row(tokenizer, {"prompt": "a" * 99, "completion": "b"})
+    with pytest.raises(UserError, match="of none of the validation rows of x does the context of 16 tokens"):
+        PackedWindows([long], 16, 0, torch.device("cpu"), "the validation rows of x")
 
 
 # --- runs ---
@@ -240,6 +264,7 @@ def test_completions_resume_exactly_and_load_anywhere(base, tmp_path, adapter):
         assert answer[-1]["role"] == "assistant"
 
 
+@pytest.mark.usefixtures("own_accelerate_state")
 def test_the_marks_of_the_roles_are_trained(base, tmp_path):
     from nanogpt_hf.runs.tuning import tune_completions
 

@@ -321,6 +321,33 @@ def test_a_folder_is_never_published_as_a_hub_id(model, facts, tmp_path, monkeyp
     assert card.data.base_model is None and "runs/base" not in str(card) and "`base`" in str(card)
 
 
+@pytest.mark.parametrize("here", ["nowhere", "runs", "tok"])
+def test_a_tokenizer_and_a_text_are_called_the_same_wherever_the_card_is_written(
+    model, here, tmp_path, monkeypatch
+):
+    """A folder by its last part, what is on the Hub by its id, as the run has noted it."""
+    (tmp_path / here).mkdir()
+    monkeypatch.chdir(tmp_path)
+    values = {"tokenizer": "runs/tok", "record": {"corpus": CORPUS | {"name": "runs/text"}}}
+    (model / "run.yaml").write_text(yaml.safe_dump(values))
+    card = str(make_card(model, name="ann/thing"))
+    assert "runs/" not in card and "tokenizer: tok\n" in card and "on `text`" in card
+    of_the_hub = {"name": "runs/text:en", "source": f"runs/text@{'0' * 40}"}
+    values["record"] = {"corpus": CORPUS | of_the_hub, "tokenizer_hub_id": "runs/tok"}
+    (model / "run.yaml").write_text(yaml.safe_dump(values))
+    card = str(make_card(model, name="ann/thing"))
+    assert "tokenizer: runs/tok\n" in card and "on `runs/text:en`" in card
+
+
+@pytest.mark.parametrize("here", ["nowhere", "base"])
+def test_an_adapters_card_says_that_its_base_is_a_folder(adapter, here, tmp_path, monkeypatch):
+    (tmp_path / here).mkdir()
+    monkeypatch.chdir(tmp_path)
+    values = {"model_name_or_path": "runs/base", "record": {"base": {"model_type": "gpt2"}, "corpus": CORPUS}}
+    (adapter / "run.yaml").write_text(yaml.safe_dump(values))
+    assert 'from_pretrained("base")  # the folder of the base' in make_card(adapter).text
+
+
 def test_an_adapter_on_a_folder_is_not_shared_from_anywhere(adapter, tmp_path, monkeypatch, capsys):
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="runs/base")
     (adapter / "run.yaml").write_text(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 from processes import TINY, metrics, write_corpus
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,7 @@ from nanogpt_hf.runs import pretraining
 from nanogpt_hf.training import best_model, evaluation
 from nanogpt_hf.training.gpus import flops_per_token
 from nanogpt_hf.training.progress_bar import ProgressBar
-from nanogpt_hf.training.reporting import describe_trackers
+from nanogpt_hf.training.reporting import describe_trackers, draw_loss_curve
 
 
 class Terminal(io.StringIO):
@@ -107,6 +108,19 @@ def test_the_curve_goes_on_at_every_evaluation_and_is_always_whole(tmp_path, mon
     assert f"  {first[:100]}\n" in capsys.readouterr().out
     assert [text.count("\n---\n") for _, text in seen] == [0] * len(seen)  # one text, and three in the end
     assert (folder / "samples.txt").read_text(encoding="utf-8").count("\n---\n") == 2
+
+
+def test_a_curve_has_any_name_for_its_title_and_a_ground_under_its_label(tmp_path, recwarn, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **o: drawn.append(self) or save(self, *a, **o))
+    rows = [{"step": 1, "train_loss": 2.0, "eval_loss": 1.0}]
+    for number, name in enumerate(("红楼梦, char", "a\x1b[31m$b_{, char", "$5_$6")):
+        draw_loss_curve(tmp_path / f"{number}.png", rows, name)
+        assert (tmp_path / f"{number}.png").stat().st_size > 0
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    assert drawn[1].axes[0].get_title() == "a\\x1b[31m$b_{, char"
+    (label,) = drawn[0].axes[0].texts
+    assert label.get_bbox_patch().get_facecolor()[:3] == (1, 1, 1)
 
 
 def test_what_a_run_of_a_gpu_and_a_tracker_says_of_itself(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import UserError
 from .first_seconds import leave_interrupts
-from .settings import Settings
+from .settings import RunSettings, Settings
 from .text import nearest, printable, without_token
 
 S = TypeVar("S", bound=Settings)
@@ -226,9 +226,8 @@ def parse(
         description=description,
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of settings, for instance the run.yaml of a run"
-    )
+    of_a_run = ", for instance the run.yaml of a run" if issubclass(cls, RunSettings) else ""
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file of settings{of_a_run}")
 
     def read(words: Sequence[str]) -> dict[str, Any]:
         namespace, alone = parser.parse_known_args(words)

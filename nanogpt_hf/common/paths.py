@@ -1,14 +1,18 @@
 """Names of folders and of the Hub, told apart without a network and without torch."""
 
+import functools
 import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .errors import UserError
 from .text import nearest
 
+P = ParamSpec("P")
+T = TypeVar("T")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -19,13 +23,55 @@ def is_hub_id(name: str) -> bool:
 
 def check_model_name(name_or_path: str) -> None:
     """Raises UserError where a name is neither a folder nor what a Hub id looks like; it names the nearest folder."""
-    name = os.path.expanduser(name_or_path)
+    if os.path.exists(os.path.expanduser(name_or_path)) or not is_hub_id(name_or_path):
+        check_folder(name_or_path, "give one with a saved model, or a Hub id.")
+
+
+def check_folder(name: str, advice: str = "give one with a saved model.") -> None:
+    """Raises UserError where a name is no folder; it names the nearest one, or else gives the advice."""
+    name = os.path.expanduser(name)
     if os.path.isfile(name):
         raise UserError(f"{name} is a file: give the folder that it lies in.")
-    if not os.path.isdir(name) and not is_hub_id(name):
+    if not os.path.isdir(name):
         near = nearest_path(name)
-        hint = f"did you mean {near}?" if near else "give one with a saved model, or a Hub id."
-        raise UserError(f"there is no folder {name!r}: {hint}")
+        raise UserError(f"there is no folder {name!r}: {f'did you mean {near}?' if near else advice}")
+
+
+def asks_the_hub(load: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """A function of a folder or Hub id that looks into the cache alone where the Hub gives no answer, for the Hub's client
+    would try for a minute."""
+
+    @functools.wraps(load)
+    def asking(name: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        with _within_the_cache(name):
+            return load(name, *args, **kwargs)
+
+    return asking
+
+
+@contextmanager
+def _within_the_cache(name: str | os.PathLike) -> Iterator[None]:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or os.path.isdir(name) or _answers(constants.ENDPOINT):
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+@functools.cache
+def _answers(endpoint: str) -> bool:
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=5)
+    except Exception:  # another one with each version of its HTTP library
+        return False
+    return True
 
 
 def check_unused(folder: str, names: Iterable[str]) -> None:

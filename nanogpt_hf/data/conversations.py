@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.text import first_line, without_home
+from .readers import json_lines
 from .sources import check_corpus
 from .tokenization import encode
 
@@ -139,19 +140,7 @@ def load_conversations(
 
 
 def _jsonl(corpus: str) -> Iterable[tuple[str, Row]]:
-    path = Path(os.path.expanduser(corpus))
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path.name} cannot be read as .jsonl in UTF-8 ({first_line(error)}).") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {path.name}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON.") from error
+    for where, row in json_lines(Path(os.path.expanduser(corpus))):
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object.")
         yield where, row

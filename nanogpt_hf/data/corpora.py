@@ -191,10 +191,7 @@ def _read(corpus: str, found: Source, percent: int) -> tuple[dict[str, list[str]
     splits = {name: [text for texts in group for text in texts] for name, group in files.items()}
     if all(text.isspace() for texts in splits.values() for text in texts):
         raise UserError(f"{corpus} holds no text.")
-    try:
-        sha256 = _sha256(text for texts in splits.values() for text in texts)
-    except UnicodeEncodeError as error:
-        raise UserError(f"{corpus} holds half of a surrogate pair, which is not Unicode text.") from error
+    sha256 = _sha256(text for texts in splits.values() for text in texts)
     if "validation" not in splits:
         splits, found.held_out = hold_out(files["train"], percent)
     for name, texts in splits.items():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from ..common.recipes import command
 from .readers import Reading, kind_of
 from .sources import Source, list_skipped
 from .splits import END_OF_TEXT
@@ -85,11 +86,11 @@ def misfit(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, characters: int)
     if lost > 0.001:
         return (
             f"the tokenizer has no token for {lost:.1%} of the text, which is lost: train one on it, with --tokenizer "
-            "char or bpe or by recipes/train_tokenizer.py."
+            f"char or bpe or by {command('train_tokenizer')}."
         )
     if len(ids) > 1.05 * characters:
         return (
             f"the tokenizer takes {len(ids) / characters:.2f} tokens per character of this text: --tokenizer char takes "
-            "one, bpe and recipes/train_tokenizer.py learn from the text, and fine-tuning has --extend_vocabulary."
+            f"one, bpe and {command('train_tokenizer')} learn from the text, and fine-tuning has --extend_vocabulary."
         )
     return None

@@ -71,7 +71,7 @@ class Encoder:
         """An end-of-text token stands before each document.
 
         Raises:
-            UserError: a text is not Unicode.
+            UserError: the tokenizer gives up on a text.
         """
         return Encoded(
             len(task.units),
@@ -81,12 +81,7 @@ class Encoder:
 
     def encode(self, chosen: Sequence[Unit]) -> tuple[np.ndarray, Counts]:
         texts = [unit.text for unit in chosen]
-        try:
-            n_bytes = sum(len(text.encode()) for text in texts)
-        except UnicodeEncodeError as error:
-            raise UserError(
-                "the corpus holds half of a surrogate pair, which is not Unicode text."
-            ) from error
+        n_bytes = sum(len(text.encode()) for text in texts)
         ids: Iterator[np.ndarray] = (
             map(self.encode_text, texts)
             if self.encode_text
@@ -154,7 +149,7 @@ def encode_tasks(stream: Iterable[Task], folder: Path, encoder: Encoder, num_pro
     """The results of all tasks in order, from this process or from `num_proc` others.
 
     Raises:
-        UserError: a text is not Unicode, or a process was killed.
+        UserError: the tokenizer gives up on a text, or a process was killed.
     """
     if num_proc == 1:
         yield from map(encoder, stream)

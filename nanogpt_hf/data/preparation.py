@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.reading_options import USUAL_READING, ReadingOptions
+from ..common.recipes import command
 from ..common.text import without_home
 from .first_screen import lines_on_files, lines_on_text
 from .named_corpora import NAMES
@@ -131,7 +132,7 @@ def prepare(
     """
     if tokenizer_name in ("char", "bpe"):
         raise UserError(
-            f"--tokenizer {tokenizer_name} has to be trained first: run recipes/train_tokenizer.py --kind "
+            f"--tokenizer {tokenizer_name} has to be trained first: run {command('train_tokenizer')} --kind "
             f"{tokenizer_name} --corpus {corpus}, and give the folder that it makes."
         )
     tokenizer, folder = load_tokenizer(tokenizer_name), Path(output_dir)

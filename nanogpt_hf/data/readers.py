@@ -27,6 +27,7 @@ Reader = Callable[[File, Path, str, "Reading"], Iterator[Text]]
 
 PART = 2**20  # bytes of a text that are read at once
 SAMPLE = 2**16  # bytes that tell text from what is none
+ROWS_OR_A_LIST = ".json"  # which its content tells, where it is given by its name
 CHAT = "messages"  # the column of a conversation in the datasets of the field
 AROUND = 2000  # bytes before one that is not UTF-8, which help to tell what it is
 # Encodings that texts come in, of those that would give the same text the likelier first.
@@ -75,14 +76,31 @@ def read_file(path: Path, text_column: str, reading: Reading) -> Iterator[Text]:
     Raises:
         UserError: no reader takes it, or it is not what its suffix says.
     """
+    read = read_jsonl if kind_of(path) == ROWS_OR_A_LIST else READERS.get(kind_of(path), read_text)
+    with _opened(path, reading) as file:
+        yield from read(file, path, text_column, reading)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each line of a .jsonl file stands, and what it holds.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not JSON.
+    """
+    with _opened(path, Reading()) as file:
+        yield from _json_lines(file, path)
+
+
+@contextmanager
+def _opened(path: Path, reading: Reading) -> Iterator[File]:
+    """The content of a file, decompressed if need be."""
     with _refusals(path):
-        if why_unread(path):
+        if path.exists() and not path.is_dir() and kind_of(path) != ROWS_OR_A_LIST and why_unread(path):
             raise _refusal(path)
         with path.open("rb") as raw:
             reading.file = raw
-            stream: File = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
             try:
-                yield from READERS.get(kind_of(path), read_text)(stream, path, text_column, reading)
+                yield gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
             finally:
                 reading.file = None
         reading.finished += path.stat().st_size
@@ -124,20 +142,33 @@ def read_jsonl(file: File, path: Path, text_column: str, reading: Reading) -> It
     """Each line is a JSON object, and its text a document."""
     # Not through datasets, which (5.2.0) takes texts that look like dates for dates: when a block of a file
     # holds only such, "2020-01-01" silently becomes "2020-01-01 00:00:00".
+    for where, row in _json_lines(file, path):
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object.")
+        column = column_of(row, text_column, where)
+        yield from texts([row[column]], column, where, reading)
+
+
+def _json_lines(file: File, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, start=1):
         if line.isspace():
             continue
         where = f"line {number} of {path.name}"
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if b"\\ud" in line.lower():
+                json.dumps(value, ensure_ascii=False).encode()
         except UnicodeDecodeError as error:
             raise _not_utf8(path, f"in line {number}", error) from error
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where} holds half of a surrogate pair, which is not Unicode text.") from error
         except (ValueError, RecursionError) as error:
+            if kind_of(path) == ROWS_OR_A_LIST:
+                raise _refusal(path) from error
             raise UserError(f"{where} is not JSON.") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is not a JSON object.")
-        column = column_of(row, text_column, where)
-        yield from texts([row[column]], column, where, reading)
+        if isinstance(value, list) and kind_of(path) == ROWS_OR_A_LIST:
+            raise _refusal(path)
+        yield where, value
 
 
 def read_csv(file: File, path: Path, text_column: str, reading: Reading) -> Iterator[Text]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.files import check_whole
+from ..common.paths import asks_the_hub
 from ..common.text import first_line
 from .splits import END_OF_TEXT
 
@@ -143,6 +144,7 @@ def extend_tokenizer(
     )
 
 
+@asks_the_hub
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """A tokenizer from a folder or the Hub, without running code that lies beside it.
 

@@ -4,10 +4,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import UserError
 from ..common.files import files_written_whole
 from ..common.text import first_line, without_home
+from ..data.readers import json_lines
 from .sampling_settings import SamplingSettings
 
 
@@ -18,7 +20,7 @@ def read_prompt(name: str) -> str:
         UserError: it cannot be read.
     """
     try:
-        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8")
+        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_file {name} cannot be read ({first_line(error)}).") from error
 
@@ -29,21 +31,13 @@ def read_prompts(name: str) -> list[str]:
     Raises:
         UserError: it cannot be read, or a line holds no prompt.
     """
-    try:
-        lines = Path(name).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {name} cannot be read ({first_line(error)}).") from error
-    return [_prompt_of(line, f"line {n} of {name}") for n, line in enumerate(lines, start=1) if line.strip()]
+    return [_prompt_of(value, where) for where, value in json_lines(Path(name))]
 
 
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-        prompt = value["prompt"] if isinstance(value, dict) else value
-    except (ValueError, KeyError, RecursionError):
-        prompt = None
+def _prompt_of(value: Any, where: str) -> str:
+    prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise UserError(f'{where} is not {{"prompt": "…"}}: {line[:60]}')
+        raise UserError(f'{where} is not {{"prompt": "…"}}.')
     return prompt
 
 

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from ..common.errors import UserError
 from ..common.files import file_sha256, folder_written_whole
-from ..common.paths import is_hub_id
+from ..common.paths import asks_the_hub, is_hub_id
 from ..common.text import first_line
 
 
@@ -121,6 +121,7 @@ def _card(gguf: Path, fields: dict[str, Any], name: str | None) -> str:
     )
 
 
+@asks_the_hub
 def describe_base(name: str) -> dict[str, str]:
     """What run.yaml and the card say of a base: whose code reads it, its licence, source and the Hub's name, if any."""
     folder = local_checkpoint(name)

@@ -24,7 +24,7 @@ from transformers import (
 
 from ..common.errors import UserError
 from ..common.files import check_whole
-from ..common.paths import check_model_name
+from ..common.paths import asks_the_hub, check_model_name, nearest_path
 from ..common.text import first_line
 from ..data.tokenization import load_tokenizer
 from .bases import local_checkpoint
@@ -39,6 +39,7 @@ NO_LIMIT = 2048  # tokens
 CONTEXT_FIELDS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
 
+@asks_the_hub
 def load_model_and_tokenizer(
     name_or_path: str, dtype: torch.dtype = torch.float32, to_write: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -170,6 +171,7 @@ def where_models_are(folder: str) -> str:
     return f"give its checkpoint {newest.parent}" if newest else "give a folder that a model was saved into"
 
 
+@asks_the_hub
 def load_causal_lm(name: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """A causal language model in transformers' own class for it, or ours, from a folder or the Hub.
 
@@ -192,8 +194,10 @@ def load_causal_lm(name: str, dtype: torch.dtype, **options: Any) -> PreTrainedM
         elif is_folder:
             reason = f"has a config.json that cannot be read ({first_line(error)})"
         else:
+            near = nearest_path(name)
             reason = f"is no folder here, and the Hub does not give it ({first_line(error)})"
-        raise UserError(f"{name} {reason}.") from error
+            reason += f"; did you mean {near}?" if near else ""
+        raise UserError(f"{name} {reason}{'' if reason.endswith('?') else '.'}") from error
     # An encoder's checkpoint would load as a decoder that sees ahead.
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if is_causal and config.architectures:
@@ -253,6 +257,7 @@ def suppress_padding(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel)
         model.generation_config.suppress_tokens = sorted({*known, *ids})
 
 
+@asks_the_hub
 def load_native(name_or_path: str | os.PathLike, **options: Any) -> NanoGPTForCausalLM:
     """A checkpoint of ours, or a plain one that our class holds, from a folder or the Hub.
 

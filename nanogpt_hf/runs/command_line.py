@@ -1,5 +1,6 @@
 """The settings of the training recipes, checked before anything slow is imported."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from ..common.settings import OF_A_START, DataSettings, RunSettings
 from ..data.sources import check_corpora
 
 R = TypeVar("R", bound=RunSettings)
+SHAPE = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner".split()  # which a base brings with it
 
 
 def read_settings(cls: type[R], description: str | None, defaults: Callable[[Values], Values] | Values) -> R:
@@ -26,6 +28,7 @@ def read_settings(cls: type[R], description: str | None, defaults: Callable[[Val
     Raises:
         UserError: a mistake on the command line, a path that is not there, or a folder that another run writes into.
     """
+    defaults = for_a_base(defaults) if callable(defaults) else defaults
     settings = parse(
         cls, description, defaults=defaults, check=check_paths, earlier=lambda v: earlier(cls, v)
     )
@@ -34,6 +37,17 @@ def read_settings(cls: type[R], description: str | None, defaults: Callable[[Val
     ):  # the first process of this very run may have begun before the others look
         check_no_writer(Path(settings.folder()))
     return settings
+
+
+def for_a_base(defaults: Callable[[Values], Values]) -> Callable[[Values], Values]:
+    """A recipe's defaults without those that a base brings with it, where one is given."""
+
+    @functools.wraps(defaults)
+    def chosen(said: Values) -> Values:
+        brought = (*SHAPE, "n_positions", "tokenizer") if said.get("model_name_or_path") else ()
+        return {name: value for name, value in defaults(said).items() if name not in brought}
+
+    return chosen
 
 
 def check_paths(said: Values) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ..common.errors import UserError
 from ..common.settings import TrainingSettings
 from ..data.corpora import AnyCorpus
 from ..model import NanoGPTForCausalLM
@@ -14,10 +15,9 @@ from ..model.loading import check_vocabulary, context_length, load_native, make_
 from ..training.checkpoints import Progress
 from ..training.loop import train
 from ..training.run_folder import alone_in
+from .command_line import SHAPE
 from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
 from .showing import Showing
-
-SIZES = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner n_positions".split()
 
 
 def pretrain(settings: TrainingSettings) -> Progress:
@@ -28,11 +28,12 @@ def pretrain(settings: TrainingSettings) -> Progress:
     """
     accelerator, corpus = start(settings)
     tokenizer, model = make_tokenizer_and_model(settings, corpus)
+    lines = vocabulary_words(settings, tokenizer)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer)
     settings = settle_length(accelerator, settings, model, objective)
-    describe(accelerator, settings, corpus, tokenizer, model, objective)
+    describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
     with alone_in(accelerator, Path(settings.folder())):
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show)
@@ -53,6 +54,10 @@ def make_tokenizer_and_model(
     tokenizer = corpus.make_tokenizer(source, settings.vocab_size)
     if base:
         model = load_native(base, dtype=torch.float32, **settings.dropouts())
+        if (
+            settings.resume_from_checkpoint is None
+        ):  # what goes on has been checked, or is of an earlier version
+            check_shape(settings, model)
     else:
         vocab_size = math.ceil(len(tokenizer) / settings.pad_to_multiple_of) * settings.pad_to_multiple_of
         end = tokenizer.eos_token_id
@@ -62,11 +67,31 @@ def make_tokenizer_and_model(
             "eos_token_id": end,
             "pad_token_id": end,
         }
-        fields |= settings.given(*SIZES) | settings.dropouts()
+        fields |= settings.given(*SHAPE, "n_positions") | settings.dropouts()
         model = NanoGPTForCausalLM(make_config(settings.preset, **fields))
     check_vocabulary(tokenizer, model)
     settle_generation(tokenizer, model, corpus, new=not base)
     return tokenizer, model
+
+
+def check_shape(settings: TrainingSettings, base: NanoGPTForCausalLM) -> None:
+    """Raises UserError where the settings ask for another shape, or another tokenizer, than a base brings with it."""
+    for name, value in settings.given(*SHAPE).items():
+        if value != (own := getattr(base.config, name)):
+            raise UserError(f"--{name} is {value}, and the base has its own, {own}: leave it out.")
+    if settings.tokenizer not in ("char", settings.model_name_or_path):
+        raise UserError(f"--tokenizer is {settings.tokenizer}, and the base has its own: leave it out.")
+
+
+def vocabulary_words(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What to say of a --vocab_size that a tokenizer trained here does not have."""
+    kind, asked, tokens = settings.tokenizer, settings.vocab_size, len(tokenizer)
+    why = {"char": "it has the text's characters and all bytes", "bpe": "the text has merges for no more"}
+    if settings.model_name_or_path or kind not in why or asked == tokens:
+        return []
+    if kind == "char" and asked == TrainingSettings.vocab_size:  # nobody has asked for any
+        return []
+    return [f"NOTE: the tokenizer has {tokens:,} tokens and not --vocab_size {asked:,}: {why[kind]}."]
 
 
 def settle_generation(

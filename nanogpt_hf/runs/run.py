@@ -38,7 +38,7 @@ C = TypeVar("C")
 MANY_PASSES = 100
 AGAIN_AND_AGAIN = (
     "a model learns a text by heart that it reads so often: give more text or fewer --max_steps, or fine-tune a model "
-    "that has read more (recipes/finetune_lora.py)."
+    "that has read more ({})."
 )
 
 
@@ -99,6 +99,8 @@ def resolve(
         tokens = settings.num_train_epochs * len(corpus.ids("train", tokenizer))
     if hasattr(settings, "vocab_size"):
         changes["vocab_size"] = len(tokenizer)
+        if base := settings.model_name_or_path:  # which brings its own
+            changes["tokenizer"] = base
     if settings.push_to_hub:
         changes["hub_model_id"] = hub_name(settings)
     if asks_for_checkpointing():
@@ -207,7 +209,7 @@ def describe(
         *lines,
         f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens"
         f"{f', {passes:.3g} times the text' if passes else ''}; validation every {settings.eval_steps}",
-        *([f"warning: {AGAIN_AND_AGAIN}"] if passes > MANY_PASSES else []),
+        *([f"warning: {AGAIN_AND_AGAIN.format(command('finetune_lora'))}"] if passes > MANY_PASSES else []),
         f"optimiser  {rate}, warm-up {settings.warmup_steps} steps, then {settings.lr_scheduler_type}",
         f"output     {settings.output_dir}",
     )

@@ -55,7 +55,7 @@ def tune_completions(settings: CompletionSettings) -> Progress:
             settings.n_positions,
             tokenizer.eos_token_id,
             accelerator.device,
-            corpus.name,
+            f"the {split} rows of {corpus.name}",
         )
         for split in ("train", "validation")
     ]
@@ -99,7 +99,7 @@ def tune_preferences(settings: PreferenceSettings) -> Progress:
             settings.n_positions,
             tokenizer.eos_token_id,
             accelerator.device,
-            corpus.name,
+            f"the {split} rows of {corpus.name}",
         )
         for split in ("train", "validation")
     ]

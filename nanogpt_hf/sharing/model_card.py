@@ -31,6 +31,7 @@ FORM_OF_A_RUN = {
     "model_name_or_path": str,
     "tokenizer": str,
     "record": {
+        "tokenizer_hub_id": str,
         "corpus": {
             **dict.fromkeys(("name", "source", "sha256", "license", "notice"), str),
             "language": (str, list),
@@ -114,7 +115,7 @@ def make_card(
     )
     rows = read_metrics(run / "metrics.jsonl")
     best = _best(model, rows)
-    corpus_name = last_part(corpus["name"]) if corpus else None
+    corpus_name = name_of(corpus) if corpus else None
     is_adapter = (model / "adapter_config.json").exists()
     format = format or ("adapter" if is_adapter else config.get("model_type", "nanogpt"))
     samples, samples_before = read_samples(shown / "samples.txt"), read_samples(run / "samples_before.txt")
@@ -150,7 +151,7 @@ def make_card(
         if (shown / "loss_curve.png").exists():
             body += ["![loss over the steps](loss_curve.png)"]
     if settings:
-        body += ["## Settings", _fenced(_settings_words(settings, base_name, record.get("identity")), "yaml")]
+        body += ["## Settings", _fenced(_settings_words(settings, base_name, record), "yaml")]
     if record.get("command"):
         body += ["The command that made it:", _fenced(_commands_words(record), "bash")]
     if record.get("versions"):
@@ -264,7 +265,7 @@ def _base_fields(base: str, facts: dict, settings: dict) -> dict[str, str]:
     """How an adapter's card loads its base: by the Hub's name where it has one, else by that of its folder."""
     return {
         "base": json.dumps(facts.get("hub_id") or base, ensure_ascii=False),
-        "where": "" if facts.get("hub_id") or _is_hub_id(base) else "  # the folder of the base",
+        "where": "" if facts.get("hub_id") else "  # the folder of the base",
         "trust": ", trust_remote_code=True" if facts.get("model_type") == "nanogpt" else "",
         "resize": "model.resize_token_embeddings(len(tokenizer))\n"
         if settings.get("extend_vocabulary")
@@ -329,15 +330,16 @@ def _corpus_words(corpus: dict) -> str:
     return "\n".join(lines)
 
 
-def _settings_words(settings: dict, base: str | None, identity: object) -> str:
+def _settings_words(settings: dict, base: str | None, record: dict) -> str:
     """The settings that had an effect, and how many tokens a step took on all devices."""
     shown = {k: v for k, v in settings.items() if k not in NOT_IN_A_CARD and v not in (None, [], "")}
     if settings.get("optim") != "muon":
         shown = {name: value for name, value in shown.items() if not name.startswith("muon_")}
-    shown = {
-        "tokenizer": last_part(settings["tokenizer"]) if settings.get("tokenizer") else base or ""
-    } | shown
-    if isinstance(identity, dict) and "tokens_per_step" in identity:
+    name = settings.get("tokenizer") or ""
+    if name != record.get("tokenizer_hub_id"):
+        name = Path(name).name
+    shown = {"tokenizer": base or name} | shown
+    if "tokens_per_step" in (identity := record.get("identity") or {}):
         shown["tokens_per_step"] = identity["tokens_per_step"]
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip()
 
@@ -364,13 +366,10 @@ def _result_words(best: dict, rows: list[dict]) -> str:
     return words + (f"; training loss of the last batch {train_loss:.4f}." if train_loss is not None else ".")
 
 
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)) and not os.path.exists(name)
-
-
-def last_part(name: str) -> str:
-    """A Hub id as it is; of a path only its last part, which tells nothing about the machine it was on."""
-    return name if _is_hub_id(name) else Path(name).name
+def name_of(corpus: dict) -> str:
+    """A dataset's id on the Hub; of a path only its last part, which tells nothing about the machine it was on."""
+    name = corpus["name"]
+    return name if corpus["source"].startswith(f"{name.partition(':')[0]}@") else Path(name).name
 
 
 def _code(text: str) -> str:

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from ..common.files import MANIFEST, files_written_whole
 from ..common.text import printable
 from .export import export_run
-from .model_card import count_parameters, first_words, last_part, read_run, read_samples
+from .model_card import count_parameters, first_words, name_of, read_run, read_samples
 from .transformers_js import FILES, find_transformers_js
 
 TEMPLATE = Path(__file__).with_name("static_page.html")
@@ -72,7 +72,7 @@ def _words(folder: Path, exported: Path) -> dict[str, str | None]:
     samples = read_samples(folder / "samples.txt")
     description = f"A GPT of {count_parameters(exported) / 1e6:.2f}M parameters"
     if corpus:
-        description += f", trained on {printable(last_part(corpus['name']))}"
+        description += f", trained on {printable(name_of(corpus))}"
     return {
         "description": f"{description}.",
         "lang": corpus.get("language"),

@@ -34,7 +34,7 @@ class PackedWindows:
         self.cut = sum(len(example.ids) > T + 1 for example in kept)
         if not kept:
             raise UserError(
-                f"of no row of {name} does the context of {T} tokens hold anything to learn: the prompts fill it; give "
+                f"of none of {name} does the context of {T} tokens hold anything to learn: the prompts fill it; give "
                 "shorter ones or a base with a longer context."
             )
         plan = pack([min(T, len(example.ids) - 1) for example in kept], T)

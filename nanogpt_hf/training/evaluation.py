@@ -57,8 +57,8 @@ def validation_stream(
     ids = corpus.ids("validation", tokenizer)
     if len(ids) < 2:
         raise UserError(
-            f"the validation split of {corpus.name} has {len(ids)} tokens, it needs at least 2: give a longer text or "
-            "a larger --validation_split_percentage."
+            f"what is held out of {corpus.name} for validation has {len(ids)} tokens, it needs at least 2: hold out more, "
+            "with a longer --validation_file or a larger --validation_split_percentage."
         )
     if begun:
         begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

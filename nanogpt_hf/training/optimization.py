@@ -125,7 +125,7 @@ class Muon(torch.optim.Optimizer):
         self,
         params: Iterable[torch.Tensor],
         lr: float,
-        weight_decay: float = 0.0,
+        weight_decay: float,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.bfloat16,
         layouts: Sequence[Layout] | None = None,
@@ -141,7 +141,9 @@ class Muon(torch.optim.Optimizer):
         moving = [
             pair for pair in zip(group["params"], self.layouts, strict=True) if pair[0].grad is not None
         ]
-        parameters, layouts = zip(*moving, strict=True) if moving else ((), ())
+        if not moving:
+            return loss
+        parameters, layouts = zip(*moving, strict=True)
         for parameter in parameters:
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -334,7 +335,10 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
                 "alpha": 0.85,
             },  # the curve runs beneath it
         )
-    axes.set(title=title, xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set_title(printable(title), parse_math=False)  # of names, in which $ is a letter
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
+        figure.savefig(path, dpi=120)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
 from ..common.files import MANIFEST, UNFINISHED, delete, delete_left_overs, one_writer
+from ..common.paths import is_hub_id
 from ..common.recipes import command, recipes
 from ..common.settings import OF_A_START, FinetuningSettings, RunSettings, public_values
 from ..common.text import printable, without_home
@@ -268,7 +269,7 @@ def open_run_folder(
     Raises:
         UserError: it cannot be made or written.
     """
-    folder = Path(settings.folder())
+    folder, name = Path(settings.folder()), getattr(settings, "tokenizer", "char")
     try:
         if checkpoint is None and settings.overwrite_output_dir:
             for name in MADE_BY_A_RUN:
@@ -292,6 +293,7 @@ def open_run_folder(
             **_commands(earlier, progress.step, changed),
             "identity": identity,
             "tokenizer_tokens": len(tokenizer),
+            **({"tokenizer_hub_id": name} if name not in ("char", "bpe") and is_hub_id(name) else {}),
             "versions": library_versions(),
         }
         write_yaml(folder, values, record)

@@ -44,11 +44,13 @@ def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
         scanned = Scanned(*np.zeros((2, text.count("\n") + 1)))
         for number, line in zip(poem.numbers, poem.lines, strict=True):
             scanned.metre[number] = line.in_metre
-        rhymed = [pair for pair in poem.pairs if pair.rhymed]
-        sounds = [poem.lines[pair.first].ending.sounds for pair in rhymed]
-        for pair, own in zip(rhymed, sounds, strict=True):
-            alike = sum(not own.isdisjoint(other) for other in sounds)
-            scanned.rhyme[[poem.numbers[pair.first], poem.numbers[pair.second]]] = 1 / alike
+        rhymed = []
+        for pair in poem.pairs:
+            ending = poem.lines[pair.first].ending
+            if pair.rhymed and pair.second is not None and ending is not None:
+                rhymed.append(([poem.numbers[pair.first], poem.numbers[pair.second]], ending.sounds))
+        for numbers, sounds in rhymed:
+            scanned.rhyme[numbers] = 1 / sum(not sounds.isdisjoint(others) for _, others in rhymed)
         found.append(scanned)
     return found
 

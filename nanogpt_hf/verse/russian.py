@@ -5,8 +5,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..common.errors import UserError
 from .readings import Ending, Reading
 from .russian_sounds import rhyming_sounds
@@ -31,6 +29,8 @@ def _accentor() -> Any:
     Raises:
         UserError: the extra `verse` is not installed.
     """
+    import torch  # which takes seconds
+
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     try:
         from silero_stress import load_accentor
