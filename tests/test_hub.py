@@ -40,7 +40,7 @@ from nanogpt_hf.data.tokenization import (
 from nanogpt_hf.model.bases import describe_base
 from nanogpt_hf.model.loading import load_model_and_tokenizer, load_native
 from nanogpt_hf.sharing.export import choose_format, export, export_run
-from nanogpt_hf.sharing.model_card import write_card
+from nanogpt_hf.sharing.model_card import make_card
 
 ROOT = Path(__file__).parents[1]
 TEXT = (
@@ -404,7 +404,7 @@ def test_a_card_says_what_was_trained_on_what_and_how_to_load_it(tmp_path):
     )
     model, tokenizer = make("gpt2")
     export(model, tokenizer, folder, "nanogpt")
-    write_card(folder)
+    make_card(folder).save(folder / "README.md")
     card = ModelCard.load(folder / "README.md")
     data = card.data
     assert (data.language, data.license, data.license_name) == ("en", "other", "public-domain")
@@ -437,13 +437,13 @@ def test_a_card_says_what_was_trained_on_what_and_how_to_load_it(tmp_path):
 
 def test_a_card_of_little_says_little(tmp_path):
     export(*make("qwen3"), tmp_path / "bare", "nanogpt")
-    write_card(tmp_path / "bare")
+    make_card(tmp_path / "bare").save(tmp_path / "bare" / "README.md")
     card = ModelCard.load(tmp_path / "bare" / "README.md")
     assert card.data.license == "unknown" and card.data.eval_results is None and "## Use" in card.text
     for broken, message in {"a: [": "not valid YAML", "[1, 2]": "must hold `setting: value` lines"}.items():
         (tmp_path / "bare" / "run.yaml").write_text(broken, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
-            write_card(tmp_path / "bare")
+            make_card(tmp_path / "bare").save(tmp_path / "bare" / "README.md")
 
 
 NASTY = "here\n```\n`````  \n---\nlicense: stolen\n---\n# heading\n````text\n~~~\n<script>\x1b[31m|a|b|\n![x](http://y)"
@@ -476,7 +476,7 @@ def test_nothing_that_a_card_quotes_becomes_part_of_it(tmp_path_factory, text):
     write_run(
         folder / "x", samples=f"said {text}", command=text, corpus_name=name, text_column=text, tokenizer=name
     )
-    write_card(folder / "x", name="user/x")
+    make_card(folder / "x", name="user/x").save(folder / "x" / "README.md")
     written = (folder / "x" / "README.md").read_bytes().decode()
     card = ModelCard(written)
     assert card.data.license == "other" and card.data.language == "en"

@@ -102,7 +102,7 @@ def test_the_readmes_commands_are_understood_by_their_recipes(monkeypatch):
 def test_every_flag_in_the_readmes_prose_is_a_setting(monkeypatch):
     prose = re.sub(r"```.*?```", "", README, flags=re.S)
     named = {flag for code in re.findall("`[^`]+`", prose) for flag in re.findall(r"--(\w+)", code)}
-    known = {"help", "config"}  # of every recipe
+    known = {"help", "config", "model_args"}  # of every recipe, and of lm-eval
     for path in ROOT.glob("recipes/*.py"):
         known |= settings_of(path.stem, lambda cls, *_: {field.name for field in fields(cls)}, monkeypatch)
     assert len(named) > 8 and named <= known, named - known

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -240,6 +241,20 @@ def test_bad_input_ends_in_one_sentence_with_nothing_written(tmp_path, text, run
             wrong.append((words, status, said))
         assert everything() == before, words
     assert not wrong
+
+
+def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(tmp_path, text, capsys):
+    before = {path: path.stat().st_mtime_ns for path in text.parent.rglob("*")}
+    assert (
+        run("pretrain_char.py", "--corpus", text, "--output_dir", tmp_path / "run", *TINY, "--dry_run") == 0
+    )
+    said = capsys.readouterr().out
+    header, _, settings = said.partition("\n\n")
+    assert "model      " in header and "training   40 steps" in header
+    values = yaml.safe_load(settings)
+    assert values["max_steps"] == 40 and values["warmup_steps"] <= 40 and values["tokenizer"] == "char"
+    assert not any(tmp_path.iterdir())
+    assert {path: path.stat().st_mtime_ns for path in text.parent.rglob("*")} == before
 
 
 def test_bad_input_to_sample(tmp_path, run_folder, capsys):

@@ -320,10 +320,12 @@ def test_no_name_of_a_corpus_leaves_the_folder_of_the_runs(corpus, tokenizer):
     "name", ["../../etc/passwd", "org/../../etc", "..", "org/..", "./..:x", "org/name:../../x"]
 )
 def test_no_hub_id_leaves_the_cache(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
     with pytest.raises(ValueError):
         load_corpus(name)
-    assert not any(tmp_path.iterdir())
+    assert [*tmp_path.rglob("*")] == [here.parent, here]
 
 
 @pytest.mark.parametrize("name", ["../progress.json", "/etc/passwd", "sub/file", "..", "."])

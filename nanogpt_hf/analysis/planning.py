@@ -1,8 +1,9 @@
 """What a size needs before anybody pays for it: parameters, FLOPs, memory per GPU, days.
 
 Tensor and context parallelism are planned although nothing here trains with them: GPT-3's largest sizes fit no other way,
-and that is what who plans one has to know. Parameters are counted on the meta device. Memory is the peak of one training step of `stepping.py`: bfloat16 autocast,
-float32 weights, fused AdamW, attention that never holds its T x T scores. Every estimate is a sum of named terms.
+and that is what who plans one has to know. Parameters are counted on the meta device. Memory is the peak of one training
+step of `stepping.py`: bfloat16 autocast, float32 weights, fused AdamW, attention that never holds its T x T scores. Every
+estimate is a sum of named terms.
 
 Shapes: B sequences a micro-batch, T tokens, C channels, H heads, K heads of keys and values, D head size, I width of
 the MLP, V vocabulary.

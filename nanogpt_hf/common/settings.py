@@ -16,7 +16,7 @@ from .recipes import command
 from .text import without_home
 
 # Settings that say where and how a run is started, and not what it is.
-OF_A_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+OF_A_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run")
 BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
 
 
@@ -199,6 +199,7 @@ class LengthSettings(Settings):
 
     output_dir: str | None = setting(None, "run folder; default runs/CORPUS-TOKENIZER", essential=True)
     overwrite_output_dir: bool = setting(False, "replace the run that is in the folder")
+    dry_run: bool = setting(False, "print the first screen and every setting, and end; nothing is written")
     resume_from_checkpoint: str | None = setting(
         None, "'last', or a checkpoint folder: go on from there, exactly", essential=True
     )

@@ -1,4 +1,7 @@
-"""What becomes of documents between their source and a split: newlines, ends, and what is held out."""
+"""What becomes of documents between their source and a split: newlines, ends, and what is held out.
+
+Files that are named for validation are told apart in sources.py; shards hold out by preparation.py.
+"""
 
 import io
 import re

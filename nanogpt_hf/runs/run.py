@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.files import delete, files_written_whole
 from ..common.recipes import command
-from ..common.settings import RunSettings
+from ..common.settings import RunSettings, public_values
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.token_stream import TokenStream
 from ..data.tokenization import describe_tokens
@@ -183,6 +184,9 @@ def describe(
     Args:
         settings: resolved.
         lines: what is to be said beside, of the size or of the adapter.
+
+    Raises:
+        SystemExit: 0, after --dry_run.
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
@@ -213,6 +217,13 @@ def describe(
         f"optimiser  {rate}, warm-up {settings.warmup_steps} steps, then {settings.lr_scheduler_type}",
         f"output     {settings.output_dir}",
     )
+    if settings.dry_run:
+        say(
+            accelerator,
+            "",
+            yaml.safe_dump(public_values(settings), sort_keys=False, allow_unicode=True).rstrip(),
+        )
+        raise SystemExit(0)
 
 
 def bits_words(rows: Sequence[Mapping], corpus: AnyCorpus) -> list[str]:

@@ -26,9 +26,9 @@ SHARE_OF_TIME = 0.03
 class Showing:
     """Writes card, loss curve and samples of a model: what a person looks at.
 
-    None of them may cost a run anything: what fails is left out with a sentence. While a run goes on, one short sample
-    is written, not where the model is so large that a second one might not fit beside it; and each of sample and card
-    with loss curve only where writing it takes at most SHARE_OF_TIME of the time since it was written last.
+    None of them may cost a run anything: what fails is left out with a sentence. The card is written every time. While a
+    run goes on, one short sample is, not where the model is so large that a second one might not fit beside it; and
+    sample and loss curve only where each takes at most SHARE_OF_TIME of the time since it was written last.
     --sample_on_eval wants all of them every time, or, false, no samples before the end.
 
     Attributes:
@@ -42,7 +42,7 @@ class Showing:
         self.title = f"{Path(corpus.name).name}, {Path(source).name}"  # without folders of this machine
         self.ended = False
         # When each was begun and done the last time.
-        self.times = {"samples": (0.0, 0.0), "card": (0.0, 0.0)}
+        self.times = {"samples": (0.0, 0.0), "curve": (0.0, 0.0)}
 
     def __call__(self, model: Path, target: Path, last: bool = False) -> None:
         """Write what shows the model in one folder into another."""
@@ -56,13 +56,13 @@ class Showing:
                 say(self.accelerator, *first_lines((target / "samples.txt").read_text("utf-8")))
         elif there:
             shutil.copy(model / "samples.txt", target)
-        if last or self.settings.sample_on_eval or self._is_cheap("card"):
+        if last or self.settings.sample_on_eval or self._is_cheap("curve"):
             with suppress(Exception):  # a second, once, which says nothing of what the next picture takes
                 import matplotlib.figure  # noqa: F401
-            with self._timed("card"):
+            with self._timed("curve"):
                 rows = read_metrics(self.run / "metrics.jsonl")
                 self._write(target / "loss_curve.png", lambda path: draw_loss_curve(path, rows, self.title))
-                self._write(target / "README.md", lambda path: make_card(self.run, model, target).save(path))
+        self._write(target / "README.md", lambda path: make_card(self.run, model, target).save(path))
 
     def _samples_now(self, model: Path, last: bool) -> bool:
         if self.settings.sample_on_eval is not None:

@@ -1,4 +1,7 @@
-"""A checkpoint in a format that others read: transformers' own gpt2, qwen3 and llama, GGUF, or ours with its code."""
+"""A checkpoint in a format that others read: transformers' own gpt2, qwen3 and llama, GGUF, or ours with its code.
+
+A new format is a name in common/settings.py, its room beside this one, and its call in `export`.
+"""
 
 import copy
 import json

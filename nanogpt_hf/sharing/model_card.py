@@ -1,10 +1,9 @@
-"""The model card: what was trained on what, how well, and how to load it.
+"""The model card: what was trained on what, how well, and how to load it. During a run runs/showing.py writes it.
 
 Everything that it quotes, a sample above all, stays a quotation: it can neither end its block nor reach the metadata.
 """
 
 import json
-import os
 import re
 import shlex
 from math import isfinite, prod
@@ -16,7 +15,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..common.errors import UserError
-from ..common.files import files_written_whole
 from ..common.text import printable, without_token
 from ..training.checkpoints import read_progress
 from ..training.reporting import read_metrics
@@ -24,7 +22,7 @@ from ..training.reporting import read_metrics
 # Settings that say where a run was and with whom it is shared, not what was trained.
 NOT_IN_A_CARD = (
     "corpus validation_file model_name_or_path tokenizer output_dir overwrite_output_dir resume_from_checkpoint report_to push_to_hub "
-    "hub_model_id hub_private_repo hub_format"
+    "hub_model_id hub_private_repo hub_format dry_run"
 ).split()
 # What the card reads of a run.yaml.
 FORM_OF_A_RUN = {
@@ -68,13 +66,6 @@ JAVASCRIPT = """import { pipeline } from '@huggingface/transformers'; // version
 
 const generate = await pipeline('text-generation', NAME, { dtype: 'fp32' }); // or 'q8', a quarter of the size
 console.log((await generate(PROMPT, { max_new_tokens: LENGTH }))[0].generated_text);"""
-
-
-def write_card(folder: str | os.PathLike, name: str | None = None) -> None:
-    """Write README.md, the card of the model at the top of a run folder, into it; arguments as of `make_card`."""
-    card = make_card(Path(folder), name=name)
-    with files_written_whole(Path(folder)) as staging:
-        card.save(staging / "README.md")
 
 
 def make_card(

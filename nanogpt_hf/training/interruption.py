@@ -1,4 +1,7 @@
-"""Signals and the clock, turned into decisions that every process takes at the same step."""
+"""Signals and the clock, turned into decisions that every process takes at the same step.
+
+Before and after training, Ctrl-C is answered by common/first_seconds.py and common/cli.py.
+"""
 
 import os
 import signal

@@ -1,4 +1,7 @@
-"""What a text in verse is worth: a number for each of its lines, so that what a line did well is not lost in its poem."""
+"""What a text in verse is worth: a number for each of its lines, so that what a line did well is not lost in its poem.
+
+A new reward is a function here and its name in `Rewards`.
+"""
 
 import importlib
 import math
