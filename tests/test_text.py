@@ -210,6 +210,21 @@ def test_a_prompt_that_is_no_unicode_is_refused(prompt):
         next(stream_text(*fixed({}), prompt))
 
 
+def test_a_text_is_what_the_model_makes_of_its_prompt():
+    torch.manual_seed(0)
+    tokenizer = TOKENIZERS["char"]
+    sizes = dict(
+        vocab_size=len(tokenizer), n_layer=1, n_head=1, n_embd=8, n_positions=16, initializer_range=2.0
+    )
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    ids = torch.cat(
+        list(generate_ids(model, torch.from_numpy(encode(tokenizer, "the"))[None].long(), 9, temperature=0))
+    )
+    assert len(ids.unique()) > 3
+    expected = written(tokenizer, "the", ids.tolist(), ends={tokenizer.eos_token_id})
+    assert generate_text(model, tokenizer, "the", max_new_tokens=9, temperature=0) == [expected]
+
+
 def test_ids_are_a_prompt_too_with_special_tokens_for_what_they_are():
     torch.manual_seed(0)
     model, tokenizer = fixed({"a": 1.0, "b": 2.0})
