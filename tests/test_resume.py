@@ -257,6 +257,7 @@ def test_overwriting_deletes_what_a_run_has_made_and_nothing_else(corpus, tmp_pa
     (folder / ".unfinished-novel").mkdir()
     assert "not empty" in refusal(training_words(folder, corpus))
     train_here(training_words(folder, corpus, "--max_steps", "3", "--overwrite_output_dir"))
+    assert "tokenizer_hub_id" not in (folder / "run.yaml").read_text(encoding="utf-8")
     assert steps(folder) == [3] and [row["step"] for row in metrics(folder)] == [3]
     assert (folder / "notes.txt").read_text() == "mine" and (folder / ".unfinished-novel").is_dir()
 

@@ -20,7 +20,7 @@ from ..generation.stanza_writer import StanzaWriter
 from ..model.loading import load_model_and_tokenizer
 from ..training.hardware import device_type, settle, use_all_cores
 from ..training.reporting import library_versions, say
-from ..verse.scansion import FORMS
+from ..verse.scansion import FORMS, Form
 from ..verse.stanzas import FirstLines, first_lines, whole_stanzas
 from .comparison import (
     COLUMNS,
@@ -71,7 +71,7 @@ def measure_models(settings: ComparisonSettings) -> None:
         settle(accelerator)
         rows.append(row)
         if accelerator.is_main_process and (settings.samples or poems):
-            row |= measure_written_texts(name, model, tokenizer, corpus, settings, poems)
+            row |= measure_written_texts(name, model, tokenizer, corpus, settings, form, poems)
         if accelerator.is_main_process and settings.output_dir:
             context = context_of(model, settings.n_positions)
             panels[name] = surprisal(model, tokenizer, text, start, context, ALTERNATIVES)
@@ -104,14 +104,14 @@ def measure_written_texts(
     tokenizer: PreTrainedTokenizerFast,
     corpus: AnyCorpus,
     settings: ComparisonSettings,
+    form: Form | None,
     poems: FirstLines | None,
 ) -> dict[str, Any]:
     """Cells of a model's row for texts that it writes: stanzas where first lines are given, else samples."""
-    if poems is None or settings.verse is None:
+    if form is None or poems is None:
         sampling = {"temperature": settings.temperature, "seed": settings.seed}
         texts = sample_texts(model, tokenizer, settings.samples, settings.sample_length, **sampling)
         return measure_samples(texts, corpus) | {"samples": texts}
-    form = FORMS[settings.verse]
     write = StanzaWriter.like(poems.stanzas, tokenizer, len(form.scheme.stanza), settings.temperature)
     texts = write.write_on(model, poems.held_out, settings.samples or STANZAS, settings.seed)
     return measure_written(name, texts, form, corpus.train) | {"samples": texts}

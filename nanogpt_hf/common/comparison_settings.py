@@ -24,7 +24,9 @@ class ComparisonSettings(TextSettings):
     runs: list[str] = setting([], "run folders to list, as runs/*", essential=True)
     model: list[str] = setting([], "folders or Hub ids to measure", essential=True)
     output_dir: str | None = setting(
-        None, "folder for results.md, results.json and surprisal.html", essential=True
+        None,
+        "folder for results.md, results.json, surprisal.html and, with --verse, verse.html",
+        essential=True,
     )
     n_positions: int | None = setting(None, "context in tokens; default: each model's own, up to 2,048", ge=1)
     stride: int | None = setting(

@@ -31,7 +31,7 @@ from ..verse.metre import Metre
 from ..verse.rewards import Rewards, scan_lines, spare_cores
 from ..verse.rhyme import Scheme
 from ..verse.scansion import FORMS, Form
-from ..verse.stanzas import first_lines, whole_stanzas
+from ..verse.stanzas import FirstLines, first_lines, whole_stanzas
 from .finetuning import adapt_base, check_that_others_can_load
 from .run import describe, finish, make_ready, resolve, start, start_with
 from .showing import Showing
@@ -140,7 +140,8 @@ def tune_rewards(settings: RewardSettings) -> Progress:
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     model.to(accelerator.device)
-    objective = rewards_objective(accelerator, settings, corpus, tokenizer, model, form, rewards)
+    first = first_lines(corpus.train, corpus.name, form)
+    objective = rewards_objective(accelerator, settings, corpus, tokenizer, model, first, rewards)
     found = sum(map(len, objective.prompts))
     lines.append(
         f"prompts    first lines of {found} stanzas, each continued {settings.num_generations} times"
@@ -150,7 +151,7 @@ def tune_rewards(settings: RewardSettings) -> Progress:
     with alone_in(accelerator, Path(settings.folder())):
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show, base)
         if settings.table_texts and accelerator.is_main_process:
-            compare_verse(accelerator, settings, corpus, objective, form)
+            compare_verse(accelerator, settings, corpus, objective, form, first)
         finish(accelerator, settings, corpus, progress, show)
     return progress
 
@@ -178,15 +179,14 @@ def rewards_objective(
     corpus: AnyCorpus,
     tokenizer: PreTrainedTokenizerFast,
     model: PreTrainedModel,
-    form: Form,
+    first: FirstLines,
     rewards: Rewards,
 ) -> GroupRelativePolicy:
     """The objective of a run on rewards.
 
     Raises:
-        UserError: the corpus has too few stanzas of the form, or its text is too short.
+        UserError: the corpus's text is too short.
     """
-    first = first_lines(corpus.train, corpus.name, form)
     lines = len(rewards.form.scheme.stanza)
     write = StanzaWriter.like(first.stanzas, tokenizer, lines, settings.temperature)
     T = settings.n_positions
@@ -241,6 +241,7 @@ def compare_verse(
     corpus: AnyCorpus,
     objective: GroupRelativePolicy,
     form: Form,
+    first: FirstLines,
 ) -> None:
     """The table before and after, over texts that begin with lines not tuned on, beside real stanzas."""
     folder = Path(settings.folder())
@@ -248,7 +249,6 @@ def compare_verse(
         "before": objective.start,
         "after": load_model_and_tokenizer(str(folder))[0].to(accelerator.device),
     }
-    first = first_lines(corpus.train, corpus.name, form)
     write = StanzaWriter.like(
         first.stanzas, objective.write.tokenizer, len(form.scheme.stanza), settings.temperature
     )

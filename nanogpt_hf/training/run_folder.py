@@ -269,7 +269,7 @@ def open_run_folder(
     Raises:
         UserError: it cannot be made or written.
     """
-    folder, name = Path(settings.folder()), getattr(settings, "tokenizer", "char")
+    folder, source = Path(settings.folder()), getattr(settings, "tokenizer", "char")
     try:
         if checkpoint is None and settings.overwrite_output_dir:
             for name in MADE_BY_A_RUN:
@@ -293,7 +293,7 @@ def open_run_folder(
             **_commands(earlier, progress.step, changed),
             "identity": identity,
             "tokenizer_tokens": len(tokenizer),
-            **({"tokenizer_hub_id": name} if name not in ("char", "bpe") and is_hub_id(name) else {}),
+            **({"tokenizer_hub_id": source} if source not in ("char", "bpe") and is_hub_id(source) else {}),
             "versions": library_versions(),
         }
         write_yaml(folder, values, record)
