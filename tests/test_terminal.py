@@ -240,14 +240,8 @@ def test_a_prompt_that_stays_in_a_real_terminal(folders, tmp_path):
         user.wait_for("\n> ")
         user.type("abc\n")
         user.wait_for(r"abc[a-h\s]{100}")
-        for seconds in (
-            20,
-            120,
-        ):  # on a busy machine a press is lost now and then, and a person presses again
-            user.type("\x03")  # Ctrl-C ends the text, not the program
-            with suppress(TimeoutError if seconds == 20 else ()):
-                user.wait_for("seed 1, [^>]*> ", seconds)
-                break
+        user.type("\x03")  # Ctrl-C ends the text, not the program
+        user.wait_for("seed 1, [^>]*> ")
         user.type(f"/save {tmp_path}/poem.txt\n")
         user.wait_for("saved as[^>]*> ")  # a key that comes before its prompt may be lost
         user.type("/temperature -2\n")
