@@ -204,8 +204,8 @@ def test_a_planted_import_is_seen(module, line, tmp_path):
     assert done.returncode == 1 and "BROKEN" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_command_line_is_answered_without_torch():
-    """Importing torch takes seconds; --help, a misspelt flag and what is not there have to be answered before."""
+def test_a_command_line_is_answered_without_torch_and_transformers():
+    """Importing them takes seconds; --help, a misspelt flag and what is not there have to be answered before."""
     done = subprocess.run([sys.executable, "-c", ANSWERED], cwd=ROOT, capture_output=True, text=True)
     wrong = [line for line in done.stderr.splitlines() if not line.startswith("error: ")]
     assert done.returncode == 0 and not wrong, wrong
@@ -226,6 +226,9 @@ for script in sorted(Path("recipes").glob("*.py")):
         (["--corpus", "nowhere.txt"], 2),
         (["--model", "nanogpt_hf/modell", "--output_dir", "zzz"], 2),
         (["--model_name_or_path", "nanogpt_hf/modell"], 2),
+        (["--tokenizer", "nanogpt_hf/modell"], 2),
+        (["--runs", "nanogpt_hf/model", "nanogpt_hf/modell"], 2),
+        (["--from_nanogpt", "nanogpt_hf", "--output_dir", "zzz", "--tokenizer", "nanogpt_hf/modell"], 2),
     ):
         sys.argv = [str(script), *words]
         try:
@@ -233,8 +236,9 @@ for script in sorted(Path("recipes").glob("*.py")):
             ended = 0
         except SystemExit as end:
             ended = end.code or 0
-        if (ended, "torch" in sys.modules) != (status, False):
-            print(script.name, words, ended, "torch" in sys.modules, file=sys.stderr)
+        slow = {"torch", "transformers"} & {*sys.modules}
+        if ended != status or slow:
+            print(script.name, words, ended, slow, file=sys.stderr)
             sys.exit(1)
 """
 
