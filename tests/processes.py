@@ -8,8 +8,10 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -135,6 +137,24 @@ def _run(words, recipe, log, prepare, environment):
         return run_recipe(lambda: train_here(words) and None)
     sys.argv = [f"recipes/{recipe}", *words]
     runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
+
+
+def ring(commands: Sequence[list], logs: Path, **options) -> list[Run]:
+    """Processes at work on one run, as a launcher starts them.
+
+    Args:
+        commands: the command line of each.
+        logs: folder of what each one prints.
+        options: of each `Run`.
+    """
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port, size = str(any_port.getsockname()[1]), str(len(commands))
+    place = dict(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [
+        Run(words, log=logs / f"{port}-{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **place | options)
+        for rank, words in enumerate(commands)
+    ]
 
 
 def finished(words, **options) -> str:
