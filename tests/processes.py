@@ -17,6 +17,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm import tqdm
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
 
 from nanogpt_hf.common.cli import parse, run_recipe
@@ -28,7 +29,7 @@ from nanogpt_hf.training.hardware import make_accelerator
 from nanogpt_hf.training.loop import train
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ["processes", "matplotlib.backends.backend_agg", "torch.nn.parallel"]
+PRELOADED = ["processes", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch.nn.parallel"]
 TINY = (
     "--architecture qwen3 --optim muon --n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --dropout 0.1 --use_cpu "
     "--max_steps 30 --warmup_steps 5 --logging_steps 3 --eval_steps 6 --save_steps 5 --per_device_eval_batch_size 512 --sample_length 20"
@@ -36,6 +37,7 @@ TINY = (
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 30
 
 tqdm.get_lock()  # made before any fork: a killed process would leave one of its own behind
+get_checkpoint_conversion_mapping("gpt2")  # takes half a second the first time, wherever a model is loaded
 
 
 def write_corpus(folder: Path, text: str = TEXT) -> Path:
