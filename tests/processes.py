@@ -3,9 +3,11 @@
 A fresh interpreter spends seconds on imports; a fork of a warm one trains a tiny model in about one.
 """
 
+import functools
 import hashlib
 import json
-import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import runpy
 import socket
@@ -14,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm import tqdm
@@ -72,6 +75,33 @@ def train_here(words: list[str], change_model=None, make_accelerator=make_accele
     return train(accelerator, settings, corpus, tokenizer, model, objective)
 
 
+def run_here(script: str, *words) -> int:
+    """A recipe in this process, or another script by its path below the clone, as if it were run; its exit status."""
+    before = sys.argv
+    sys.argv = [script, *map(str, words)]
+    try:
+        runpy.run_path(
+            str(ROOT / script if "/" in script else ROOT / "recipes" / script), run_name="__main__"
+        )
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+@functools.cache
+def warm_interpreter() -> multiprocessing.context.BaseContext:
+    """Where all processes of multiprocessing's method forkserver are forked from, here and in what the tests call."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # a process of several threads cannot be forked safely
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 class Run:
     """A process at work on a run up to the end of its training, answering errors as recipes do.
 
@@ -83,25 +113,12 @@ class Run:
         environment: variables to set.
     """
 
-    context = None
-
     def __init__(self, words, recipe: str | None = None, log: Path | None = None, prepare=(), **environment):
-        if Run.context is None:
-            Run.context = multiprocessing.get_context("forkserver")
-            Run.context.set_forkserver_preload(PRELOADED)
         words = [str(word) for word in words]
         self.log = log or Path(words[words.index("--output_dir") + 1] + ".log")
-        self.process = Run.context.Process(
-            target=_run, args=(words, recipe, str(self.log), prepare, environment)
-        )
-        before = dict(os.environ)
-        os.environ["OMP_NUM_THREADS"] = "1"  # a process of several threads cannot be forked safely
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        try:
-            self.process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        args = (words, recipe, str(self.log), prepare, environment)
+        self.process = warm_interpreter().Process(target=_run, args=args)
+        self.process.start()
 
     def wait(self, timeout=120) -> int:
         """Its exit status, 128 + n after signal n as a shell has it."""

@@ -8,8 +8,6 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +19,7 @@ from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from processes import ROOT, digests, metrics, ring, train_here, training_words, write_corpus
+from processes import ROOT, digests, metrics, ring, run_here, train_here, training_words, write_corpus
 from safetensors.torch import load_file
 from torch.distributed.fsdp import OffloadPolicy
 from transformers import AutoModelForCausalLM
@@ -246,21 +244,15 @@ def test_processes_that_do_not_divide_the_batch_of_a_run(by_one, corpus, tmp_pat
 # --- the benchmarks ---
 
 
-def test_scaling_measures_two_processes(tmp_path):
+def test_scaling_measures_two_processes(tmp_path, capsys, monkeypatch):
     report = tmp_path / "report.json"
     words = ["--tiny", "--steps", "2", "--processes", "2", "--output", str(report)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), *words],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert run_here("benchmarks/scaling.py", *words) == 0
     (row,) = json.loads(report.read_text(encoding="utf-8"))["rows"]
     assert row["processes"] == 2 and row["peak_memory_gib"] > 0
     assert row["tokens_per_s"] == pytest.approx(2 * row["batch_per_device"] * 32 / row["seconds_a_step"])
-    assert "| cpu | DDP | 2 | 4 |" in done.stdout and "efficiency" not in row
+    assert "| cpu | DDP | 2 | 4 |" in capsys.readouterr().out and "efficiency" not in row
 
 
 def test_efficiency_is_against_one_process_of_the_same_layout():

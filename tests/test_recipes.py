@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import torch
 import yaml
 from processes import ROOT, ring
+from processes import run_here as run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = (
@@ -21,19 +21,6 @@ RUSSIAN = (
     "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил и лучше выдумать не мог.\n"
     * 30
 )
-
-
-def run(recipe, *words):
-    """The recipe in this process, as a script; its exit status."""
-    before = sys.argv
-    sys.argv = [recipe, *map(str, words)]
-    try:
-        runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = before
-    return 0
 
 
 def launch(*words, **environment):
