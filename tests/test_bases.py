@@ -1,7 +1,6 @@
 """What a fine-tuning starts from: plain Llama and Qwen3, any other causal language model, GGUF files, packages."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from processes import digests, metrics, without_times
 from processes import run_here as run
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -269,51 +269,38 @@ def test_all_weights_are_trained_in_our_class_where_it_holds_them(places):
 
 
 READER = """
-import json, sys, torch
+import json, os, re, sys, torch
 sys.modules["nanogpt_hf"] = None  # installed or not, importing it fails
 from safetensors.torch import save_file
 
-block, x, answer = json.loads(sys.argv[1])
-exec(block)
-save_file({"logits": model.eval()(torch.tensor(x)).logits.detach()}, answer)
+for folder, x, answer in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    block = re.search(r"```python\\n(.*?)```", open("README.md", encoding="utf-8").read(), re.DOTALL)[1]
+    exec(block)
+    save_file({"logits": model.eval()(torch.tensor([x])).logits.detach()}, answer)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "native"])
-def test_the_lines_of_an_adapters_card_load_it_for_a_stranger(kind, places, tmp_path):
-    from safetensors.torch import load_file
-
-    base = places / kind
-    if kind == "native":
-        words = "--architecture qwen3 --n_layer 1 --n_embd 32 --n_head 2 --n_positions 32 --max_steps 4 --use_cpu --sample_length 20".split()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        words = ["--corpus", places / "poems.txt", "--vocab_size", "300", *words]
-        assert run("pretrain_bpe.py", "--output_dir", base, *words) == 0
-    folder = finetune(places, kind, places / f"on-{kind}", "--extend_vocabulary", "20")
-    (folder / kind).symlink_to(base)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    x = encode(load_tokenizer(str(folder)), POEMS)[:30].tolist()
-    (tmp_path / "reader.py").write_text(READER, encoding="utf-8")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            tmp_path / "reader.py",
-            json.dumps([block, [x], str(tmp_path / "answer")]),
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def test_the_lines_of_an_adapters_card_load_it_for_a_stranger(places, tmp_path):
+    words = "--architecture qwen3 --n_layer 1 --n_embd 32 --n_head 2 --n_positions 32 --max_steps 4 --use_cpu --sample_length 20".split()
+    words = ["--corpus", places / "poems.txt", "--vocab_size", "300", *words]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert run("pretrain_bpe.py", "--output_dir", places / "native", *words) == 0
+    asked = []
+    for kind in ("llama", "native"):
+        folder = finetune(places, kind, places / f"on-{kind}", "--extend_vocabulary", "20")
+        (folder / kind).symlink_to(places / kind)
+        x = encode(load_tokenizer(str(folder)), POEMS)[:30].tolist()
+        asked.append((str(folder), x, str(tmp_path / kind)))
+    command = [sys.executable, "-W", "ignore", "-c", READER, json.dumps(asked)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        ours = load_model_and_tokenizer(str(folder))[0](torch.tensor([x])).logits
-    read = load_file(tmp_path / "answer")["logits"]
-    torch.testing.assert_close(read, ours[..., : read.shape[-1]], atol=1e-5, rtol=0)
+    for folder, x, answer in asked:
+        with torch.no_grad():
+            ours = load_model_and_tokenizer(folder)[0](torch.tensor([x])).logits
+        read = load_file(answer)["logits"]
+        torch.testing.assert_close(read, ours[..., : read.shape[-1]], atol=1e-5, rtol=0)
 
 
 def test_to_write_with_an_adapter_is_merged_and_held_in_our_class(places, tmp_path):

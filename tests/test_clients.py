@@ -1,5 +1,6 @@
 """Training tools of others on our own class: peft with its defaults, and TRL's trainers."""
 
+import json
 import math
 import subprocess
 import sys
@@ -56,19 +57,6 @@ def test_peft_needs_no_names_of_layers(method, architecture, tokenizer):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters())
 
 
-def test_peft_is_told_when_it_is_imported_and_not_before():
-    code = (
-        "import sys, transformers, nanogpt_hf\n"
-        "from nanogpt_hf import NanoGPTConfig\n"
-        "assert 'peft' not in sys.modules\n"
-        "import peft.utils.constants as constants\n"
-        "mapping = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING\n"
-        "assert mapping['nanogpt'] == mapping['gpt2']\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 # --- lm-eval ---
 
 
@@ -108,33 +96,39 @@ def test_packed_texts_longer_than_the_context_do_not_see_one_another(architectur
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_language_model_becomes_a_classifier_that_others_load(architecture, tokenizer, tmp_path):
-    model = make(architecture, tokenizer)
-    model.save_pretrained(tmp_path / "language")
-    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "language", num_labels=3).eval()
-    assert type(scorer) is NanoGPTForSequenceClassification
-    weights = model.transformer.state_dict()
-    assert all(torch.equal(weights[name], weight) for name, weight in scorer.transformer.state_dict().items())
-    batch = tokenizer(["To be", "or not to be:"], padding=True, padding_side="right", return_tensors="pt")
-    scores = scorer(**batch).logits
-    for score, text in zip(scores, ["To be", "or not to be:"], strict=True):
-        alone = model.transformer(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
-        torch.testing.assert_close(score, scorer.score(alone), atol=1e-5, rtol=0)
-    scorer.save_pretrained(tmp_path / "scorer")
+def test_a_language_model_becomes_a_classifier_that_others_load(tokenizer, tmp_path):
+    expected = []
+    for architecture in ARCHITECTURES:
+        model = make(architecture, tokenizer)
+        model.save_pretrained(tmp_path / "language")
+        scorer = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "language", num_labels=3
+        ).eval()
+        assert type(scorer) is NanoGPTForSequenceClassification
+        weights = model.transformer.state_dict()
+        for name, weight in scorer.transformer.state_dict().items():
+            assert torch.equal(weights[name], weight)
+        batch = tokenizer(["To be", "or not to be:"], padding=True, padding_side="right", return_tensors="pt")
+        scores = scorer(**batch).logits
+        for score, text in zip(scores, ["To be", "or not to be:"], strict=True):
+            alone = model.transformer(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
+            torch.testing.assert_close(score, scorer.score(alone), atol=1e-5, rtol=0)
+        scorer.save_pretrained(tmp_path / architecture)
+        logits = scorer(torch.tensor([[5, 6, 7]])).logits.tolist()
+        expected.append(f"NanoGPTForSequenceClassification {logits}")
     reader = (
         "import sys; sys.modules['nanogpt_hf'] = None\n"
         "import torch\n"
         "from transformers import AutoModelForSequenceClassification\n"
-        "scorer = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(type(scorer).__name__, scorer(torch.tensor([[5, 6, 7]])).logits.tolist())\n"
+        "for name in sys.argv[1:]:\n"
+        "    scorer = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)\n"
+        "    print(type(scorer).__name__, scorer(torch.tensor([[5, 6, 7]])).logits.tolist())\n"
     )
-    command = [sys.executable, "-I", "-W", "ignore", "-c", reader, str(tmp_path / "scorer")]
+    command = [sys.executable, "-I", "-W", "ignore", "-c", reader, *ARCHITECTURES]
     env = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = scorer(torch.tensor([[5, 6, 7]])).logits.tolist()
-    assert done.stdout.splitlines()[-1] == f"NanoGPTForSequenceClassification {expected}"
+    assert done.stdout.splitlines()[-2:] == expected
 
 
 # --- TRL ---
@@ -236,23 +230,44 @@ def test_lm_eval_measures_the_same_bits_a_byte(architecture, tokenizer, tmp_path
     assert found["tokens"] == len(text)
 
 
-# --- transformers' auto classes ---
+# --- what is registered with others, in fresh interpreters ---
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        "import nanogpt_hf\nfrom transformers import AutoModelForCausalLM",
-        "import transformers\nfrom nanogpt_hf import NanoGPTForCausalLM\nfrom transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM\nimport nanogpt_hf",
-    ],
-)
-def test_the_auto_classes_know_our_model_whatever_is_imported_first(lines):
-    code = lines + (
-        "\nfrom transformers import AutoConfig, AutoModelForSequenceClassification"
-        "\nconfig = AutoConfig.for_model('nanogpt', n_layer=1, n_head=1, n_embd=8, vocab_size=8)"
-        "\nfor auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):"
-        "\n    print(type(auto.from_config(config)).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["NanoGPTForCausalLM", "NanoGPTForSequenceClassification"], done.stderr
+IN_TURN = """
+import json, os, sys
+import accelerate, transformers.generation, transformers.modeling_utils  # what takes long and knows no model yet
+
+assert not {"transformers.models.auto.modeling_auto", "peft", "nanogpt_hf"} & {*sys.modules}
+for lines in json.loads(sys.argv[1]):
+    if not os.fork():
+        exec(lines)
+        break
+    assert os.wait()[1] == 0, lines
+"""
+CLASSES = """
+from transformers import AutoConfig, AutoModelForSequenceClassification
+config = AutoConfig.for_model("nanogpt", n_layer=1, n_head=1, n_embd=8, vocab_size=8)
+for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+    print(type(auto.from_config(config)).__name__, flush=True)
+"""
+PEFT = """
+import nanogpt_hf
+from nanogpt_hf import NanoGPTConfig
+assert "peft" not in sys.modules
+import peft.utils.constants as constants
+mapping = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+assert mapping["nanogpt"] == mapping["gpt2"]
+"""
+
+
+def test_the_auto_classes_and_peft_know_our_model_whatever_is_imported_first():
+    orders = [
+        "import nanogpt_hf; from transformers import AutoModelForCausalLM",
+        "import transformers; from nanogpt_hf import NanoGPTForCausalLM; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import nanogpt_hf",
+    ]
+    scripts = json.dumps([*(order + CLASSES for order in orders), PEFT])
+    command = [sys.executable, "-W", "ignore", "-c", IN_TURN, scripts]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["NanoGPTForCausalLM", "NanoGPTForSequenceClassification"] * 3

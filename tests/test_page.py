@@ -31,7 +31,7 @@ from nanogpt_hf.sharing.space import REQUIREMENTS, pins, write_space  # noqa: E4
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-LOAD_SECONDS = float(os.environ.get("NANOGPT_HF_LOAD_SECONDS", 5))
+LOAD_SECONDS = float(os.environ.get("NANOGPT_HF_LOAD_SECONDS", 2))
 
 
 class Served:
