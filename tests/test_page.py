@@ -274,23 +274,6 @@ def required(names):
     return found
 
 
-def test_the_requirements_of_a_space_are_all_that_it_imports():
-    script = (
-        "import sys, nanogpt_hf.runs.page, nanogpt_hf.training.hardware\n"
-        "print(*{module.__file__ for name, module in sys.modules.items() if name.startswith('nanogpt_hf')})"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    nodes = [node for path in done.stdout.split() for node in ast.parse(Path(path).read_text("utf-8")).body]
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
-    known = packages_distributions()
-    names = {name.split(".")[0] for name in imported} - sys.stdlib_module_names - {"nanogpt_hf"}
-    distributions = {re.sub(r"[-_.]+", "-", known[name][0]).lower() for name in names}
-    assert "torch" in distributions and distributions <= required(REQUIREMENTS)
-
-
 def test_a_space_is_complete_and_starts(space, visit, writers, tmp_path):  # noqa: F811
     card = (space / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---\n")[1])
@@ -299,13 +282,29 @@ def test_a_space_is_complete_and_starts(space, visit, writers, tmp_path):  # noq
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in pins())
     assert (space / "requirements.txt").read_text() == "".join(f"{pin}\n" for pin in pins())
     assert not [*space.rglob("__pycache__")] and not (space / "nanogpt_hf" / "recipes").exists()
-    page = Served("app.py", folder=space)
+    page = Served("-X", "importtime", "app.py", folder=space)
     try:
         visitor = visit(page.address)
         sampling = SamplingSettings(max_new_tokens=40, seed=9)
         assert write(visitor, "Мой", 9, 40).rstrip() == "Мой" + writers[0].write("Мой", sampling)[0].rstrip()
     finally:
         page.close()
+    ours = [space / name.replace(".", "/") for name in re.findall(r"\| +(nanogpt_hf[\w.]*)\n", page.said())]
+    assert space / "nanogpt_hf" / "runs" / "page" in ours
+    assert imported_distributions(ours) <= required(REQUIREMENTS)
+
+
+def imported_distributions(modules):
+    """Those that modules and packages, by their paths, import at their top, as pip names them."""
+    paths = [path.with_suffix(".py") if not path.is_dir() else path / "__init__.py" for path in modules]
+    nodes = [node for path in paths for node in ast.parse(path.read_text("utf-8")).body]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    known = packages_distributions()
+    names = {name.split(".")[0] for name in imported} - sys.stdlib_module_names - {"nanogpt_hf"}
+    distributions = {re.sub(r"[-_.]+", "-", known[name][0]).lower() for name in names}
+    assert "torch" in distributions
+    return distributions
 
 
 def test_a_space_is_uploaded(space, hub, monkeypatch, tmp_path):
