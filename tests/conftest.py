@@ -10,7 +10,6 @@ if os.path.isdir(IN_MEMORY) and shutil.disk_usage(IN_MEMORY).free > 4 * 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", IN_MEMORY)
 
 import pytest  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
 from hub_server import hub  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -21,6 +20,10 @@ settings.load_profile("loaded machine")
 
 
 def _forget_accelerators():
+    from accelerate.state import (
+        AcceleratorState,
+    )  # with torch, which the process that hands out the tests does not need
+
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
