@@ -471,6 +471,7 @@ def test_a_model_of_two_documents_stops_after_the_first(tmp_path):
             warmup_steps=10,
             eval_steps=300,
             save_steps=300,
+            sample_length=20,
             use_cpu=True,
         )
     )

@@ -119,7 +119,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     (name,) = re.findall(r'"(runs/\w+)"', block)
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 60, encoding="utf-8")
-    words = "--max_steps 4 --use_cpu --n_layer 1 --n_embd 16 --n_head 2 --n_positions 16".split()
+    words = "--max_steps 4 --use_cpu --sample_length 20 --n_layer 1 --n_embd 16 --n_head 2 --n_positions 16".split()
     words += ["--corpus", tmp_path / "text.txt", "--output_dir", tmp_path / name]
     assert run_here("pretrain_char.py", *words, "--per_device_train_batch_size", 4) == 0
     monkeypatch.chdir(tmp_path)

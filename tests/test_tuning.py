@@ -228,7 +228,7 @@ def words(base, corpus, folder, *more):
         ),
         *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--eval_steps", "3"),
         *("--max_steps", "6", "--save_steps", "3", "--save_total_limit", "9", "--logging_steps", "1"),
-        *("--torch_compile", "false", *more),
+        *("--torch_compile", "false", "--sample_length", "20", *more),
     ]
 
 
