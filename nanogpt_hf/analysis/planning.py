@@ -271,11 +271,9 @@ def step_memory(
     # FSDP2's whole ones, in bfloat16 and in float32 to be reduced: a block's or the root's, beside another block's.
     reducing = 4 * block + 6 * max(block, root) if fsdp else 0
 
-    if fsdp:  # the head is called as a module (stepping.keeps_logits)
-        loss = (gathered, begun, kept, logits_bytes(config, tokens, fused=False))
-    else:  # the head's copy, its gradient in float32 and a chunk's part of it, the gradient of ln_f's output
-        head, logits = size.embedding, logits_bytes(config, tokens, device=device)
-        loss = (gathered + 2 * head, begun + 6 * head, kept + 2 * C * tokens, logits)
+    # The head's copy, its gradient in float32 and a chunk's part of it, the gradient of ln_f's output.
+    head, logits = size.embedding, logits_bytes(config, tokens, device=device)
+    loss = (gathered + 2 * head, begun + 6 * head, kept + 2 * C * tokens, logits)
     last = (gathered, begun + from_head + reducing, kept + again + in_block, 0)
     left = 2 * root if fsdp else 0
     first = (left + 2 * block, complete - 4 * block / layout.shards + reducing, one_block + in_block, 0)
