@@ -162,7 +162,9 @@ class Muon(torch.optim.Optimizer):
             weights, tensors, layouts = zip(*members, strict=True)
             share = SharedOut(weights, tensors, self.dtype)
             shares.append(share)
-            for direction, change, layout in zip(share.whole, share.changes, layouts[share.mine], strict=True):
+            for direction, change, layout in zip(
+                share.whole, share.changes, layouts[share.mine], strict=True
+            ):
                 for pair in zip(layout.matrices(direction), layout.matrices(change), strict=True):
                     shape = pair[0].shape
                     batches[shape, layout.scale(*shape)].append(pair)

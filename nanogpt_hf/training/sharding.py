@@ -46,6 +46,7 @@ def prefetch_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
 
     Otherwise a block's are gathered when the host has reached it, which may be when the device waits for it already.
     """
+    blocks = [block for block in blocks if isinstance(block, FSDPModule)]
     if isinstance(model, FSDPModule):
         for module, following in zip([model, *blocks], blocks, strict=False):
             module.set_modules_to_forward_prefetch([following])

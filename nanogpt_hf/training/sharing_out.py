@@ -42,7 +42,9 @@ class SharedOut:
             self.whole, self.changes = list(tensors), self.weights
             return
         if self.sharded:
-            self.rows = [len(part) for part in _chunks(self.shape[0], -(-self.shape[0] // self.size), self.size)]
+            self.rows = [
+                len(part) for part in _chunks(self.shape[0], -(-self.shape[0] // self.size), self.size)
+            ]
             row = self.shape[1:].numel()
             self.sent = [count * self.rows[rank] * row for count in self.counts]
             self.received = [self.counts[rank] * rows * row for rows in self.rows]
