@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
     add("--max_minutes", type=float, default=None, help="begin no further row after this time")
     add("--token_ids", help="a .npy file of token ids instead of random ones")
     add("--no_compile", action="store_true", help="leave torch.compile out")
-    add("--profile", metavar="FOLDER", help="profile three more steps of every row; their traces go here")
+    add("--profile", metavar="FOLDER", help="profile two more steps of every row; their traces go here")
     add(
         "--without",
         nargs="+",
@@ -177,7 +177,7 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
     }
     if args.profile and accelerator.device.type == "cuda":
         row["profile"] = profile(
-            take_step, range(WARM_UP + args.steps, WARM_UP + args.steps + 3), accelerator, args
+            take_step, range(WARM_UP + args.steps, WARM_UP + args.steps + 2), accelerator, args
         )
     settle(accelerator)
     accelerator.end_training()
@@ -229,7 +229,9 @@ def host_seconds(take_step, steps: range, device: torch.device) -> list[float]:
 def group_blocks(accelerator: Accelerator, model: NanoGPTForCausalLM, size: int) -> None:
     """Let FSDP2 gather so many blocks at once, before accelerate gives each block a group of its own."""
     plugin, blocks = accelerator.state.fsdp_plugin, stepping.blocks_of(model)
-    plugin.transformer_cls_names_to_wrap = [f"FSDP{type(blocks[0]).__name__}"]  # as they are named from here on
+    plugin.transformer_cls_names_to_wrap = [
+        f"FSDP{type(blocks[0]).__name__}"
+    ]  # as they are named from here on
     for start in range(0, len(blocks), size):
         fully_shard(
             blocks[start : start + size],
@@ -248,6 +250,8 @@ def profile(take_step, steps: range, accelerator: Accelerator, args: argparse.Na
         for step in steps:
             take_step(step)
         torch.cuda.synchronize()
+    if not accelerator.is_main_process:
+        return {}
     spans, names = defaultdict(list), defaultdict(float)
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("FSDP::"):
@@ -255,9 +259,8 @@ def profile(take_step, steps: range, accelerator: Accelerator, args: argparse.Na
             kind = next((kind for kind, parts in KERNELS.items() if re.search(parts, name)), "other")
             spans[kind].append((event.time_range.start, event.time_range.end))
             names[event.name[:120]] += (event.time_range.end - event.time_range.start) / 1000 / len(steps)
-    if accelerator.is_main_process:
-        Path(args.profile).mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(Path(args.profile) / f"{os.getpid()}.json.gz"))
+    Path(args.profile).mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(Path(args.profile) / f"{os.getpid()}.json.gz"))
     return summary(spans, len(steps)) | {
         "trace": f"{os.getpid()}.json.gz",
         "kernels": dict(sorted(names.items(), key=lambda item: -item[1])[:25]),

@@ -68,6 +68,24 @@ def train_here(words: list[str], change_model=None, make_accelerator=make_accele
     return train(accelerator, settings, corpus, tokenizer, model, objective)
 
 
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(PRELOADED)
+
+
+def start(target, *args) -> multiprocessing.Process:
+    """A process that calls a function of a module, forked."""
+    process = FORKING.Process(target=target, args=args)
+    before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = "1"  # a process of several threads cannot be forked safely
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return process
+
+
 class Run:
     """A process at work on a run up to the end of its training, answering errors as recipes do.
 
@@ -79,25 +97,10 @@ class Run:
         environment: variables to set.
     """
 
-    context = None
-
     def __init__(self, words, recipe: str | None = None, log: Path | None = None, prepare=(), **environment):
-        if Run.context is None:
-            Run.context = multiprocessing.get_context("forkserver")
-            Run.context.set_forkserver_preload(PRELOADED)
         words = [str(word) for word in words]
         self.log = log or Path(words[words.index("--output_dir") + 1] + ".log")
-        self.process = Run.context.Process(
-            target=_run, args=(words, recipe, str(self.log), prepare, environment)
-        )
-        before = dict(os.environ)
-        os.environ["OMP_NUM_THREADS"] = "1"  # a process of several threads cannot be forked safely
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        try:
-            self.process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        self.process = start(_run, words, recipe, str(self.log), prepare, environment)
 
     def wait(self, timeout=120) -> int:
         """Its exit status, 128 + n after signal n as a shell has it."""

@@ -201,15 +201,11 @@ def activation_bytes(
     return kept
 
 
-def logits_bytes(config: NanoGPTConfig, tokens: float, fused: bool = True, device: str = "cuda") -> float:
-    """What logits and cross-entropy hold at their peak.
+def logits_bytes(config: NanoGPTConfig, tokens: float, device: str = "cuda") -> float:
+    """What logits and cross-entropy, fused with the head, hold at their peak.
 
-    Fused with the head: one chunk of bfloat16 logits, which become their gradient in place; CPU only: beside two
-    float32 copies. Otherwise, in the backward pass: log-probabilities, their gradient and that of the logits, all
-    float32.
+    One chunk of bfloat16 logits, which become their gradient in place; CPU only: beside two float32 copies.
     """
-    if not fused:
-        return 3 * 4 * config.vocab_size * tokens
     chunk = min(2 * config.vocab_size * tokens, fused_loss.CHUNK_BYTES)
     return chunk * (5 if device == "cpu" else 1)
 

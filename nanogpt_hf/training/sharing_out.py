@@ -74,7 +74,7 @@ class SharedOut:
             changes = parts.view(len(self.weights), *self.weights[0].shape)
         else:
             changes = self._made.new_empty(self.size * len(self._made), *self.shape)
-            dist.all_gather_into_tensor(changes, self._made, group=self.group)
+            dist.all_gather(list(changes.chunk(self.size)), self._made, group=self.group)
         torch._foreach_add_(self.weights, list(changes[: len(self.weights)].unbind()))
 
 
