@@ -68,6 +68,7 @@ WITHOUT = {
     ],
     "sharing_out": [(sharing_out, "group_of", lambda weight: None)],  # of Muon's matrices; DDP only
 }
+LABELS = "FSDP::|nccl:|Optimizer|ProfilerStep|Torch-Compiled|## "  # spans of the device's timeline that are no kernels
 # Kinds of kernels by a part of their names, the first that fits.
 KERNELS = {
     "all-gather": "allgather",
@@ -254,7 +255,7 @@ def profile(take_step, steps: range, accelerator: Accelerator, args: argparse.Na
         return {}
     spans, names = defaultdict(list), defaultdict(float)
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("FSDP::"):
+        if event.device_type == torch.autograd.DeviceType.CUDA and not re.match(LABELS, event.name):
             name = event.name.lower()
             kind = next((kind for kind, parts in KERNELS.items() if re.search(parts, name)), "other")
             spans[kind].append((event.time_range.start, event.time_range.end))
