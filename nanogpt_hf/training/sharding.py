@@ -5,6 +5,7 @@ and AdamW took the host 26 ms a step so (one core of an AMD EPYC, November 2026)
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def clip_sharded_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_ for parameters that FSDP2 has all sharded alike: their norm before it."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     shards = [local(gradient) for gradient in gradients]
     squares = torch.stack(torch._foreach_norm(shards)).square().sum()
     mesh, placements = gradients[0].device_mesh, gradients[0].placements
@@ -46,7 +47,6 @@ def prefetch_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
 
     Otherwise a block's are gathered when the host has reached it, which may be when the device waits for it already.
     """
-    blocks = [block for block in blocks if isinstance(block, FSDPModule)]
-    if isinstance(model, FSDPModule):
-        for module, following in zip([model, *blocks], blocks, strict=False):
-            module.set_modules_to_forward_prefetch([following])
+    modules = [module for module in (model, *blocks) if isinstance(module, FSDPModule)]
+    for module, following in pairwise(modules):
+        module.set_modules_to_forward_prefetch([following])
