@@ -102,6 +102,13 @@ def warm_interpreter() -> multiprocessing.context.BaseContext:
     return context
 
 
+def start(target, *args) -> multiprocessing.process.BaseProcess:
+    """A process that calls a function of a module, forked."""
+    process = warm_interpreter().Process(target=target, args=args)
+    process.start()
+    return process
+
+
 class Run:
     """A process at work on a run up to the end of its training, answering errors as recipes do.
 
@@ -116,9 +123,7 @@ class Run:
     def __init__(self, words, recipe: str | None = None, log: Path | None = None, prepare=(), **environment):
         words = [str(word) for word in words]
         self.log = log or Path(words[words.index("--output_dir") + 1] + ".log")
-        args = (words, recipe, str(self.log), prepare, environment)
-        self.process = warm_interpreter().Process(target=_run, args=args)
-        self.process.start()
+        self.process = start(_run, words, recipe, str(self.log), prepare, environment)
 
     def wait(self, timeout=120) -> int:
         """Its exit status, 128 + n after signal n as a shell has it."""
