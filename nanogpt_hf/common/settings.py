@@ -312,19 +312,12 @@ class AdapterSettings(Settings):
     use_dora: bool = setting(False, "DoRA: train the length of the weights apart from their direction")
     use_rslora: bool = setting(False, "rsLoRA: scale by lora_alpha / sqrt(lora_r) instead")
     extend_vocabulary: int = setting(0, "add this many subwords of the corpus to the base's tokenizer", ge=0)
-    load_in_4bit: bool = setting(False, "keep the base in 4 bits (bitsandbytes, CUDA)")
-    load_in_8bit: bool = setting(False, "keep the base in 8 bits (bitsandbytes, CUDA)")
     merge: bool = setting(
         False, "at the end, write OUTPUT_DIR/merged: a plain checkpoint, and push that instead of the adapter"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        exclude(self, "load_in_4bit", "load_in_8bit")
-        if self.full and (self.load_in_4bit or self.load_in_8bit):
-            raise UserError(
-                "--full trains all weights, which --load_in_4bit and --load_in_8bit freeze: give one."
-            )
         if self.full and self.merge:
             raise UserError(
                 "--merge puts an adapter into its base, and --full trains none: leave it out, and for a plain checkpoint "
@@ -364,7 +357,7 @@ class FinetuningSettings(AdapterSettings, RunSettings):
     DECIDES: ClassVar[tuple[str, ...]] = ()
     RETIRED = (
         *("tokenizer", "vocab_size", "pad_to_multiple_of", "preset", "architecture"),
-        *("n_layer", "n_head", "n_embd", "n_inner"),
+        *("n_layer", "n_head", "n_embd", "n_inner", "load_in_4bit", "load_in_8bit"),
     )
 
     corpus: str = changed(DataSettings, "corpus", "tiny_pushkin")
