@@ -27,7 +27,6 @@ from nanogpt_hf.training.lora import (
     find_targets,
     load_base,
     public_base,
-    quantization,
 )
 
 SETTINGS = FinetuningSettings(lora_r=2, lora_alpha=4, lora_dropout=0.0, model_name_or_path="some/base")
@@ -174,13 +173,6 @@ def test_new_tokens_begin_as_the_mean_of_the_others_and_may_be_sampled(ids, tied
     assert model.generation_config.suppress_tokens == [7]
     embed_new_tokens(model, [7])
     assert model.generation_config.suppress_tokens is None
-
-
-@pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
-def test_weights_of_few_bits_need_cuda(flag):
-    assert quantization(SETTINGS, "cuda") == quantization(SETTINGS, "cpu") == {}
-    with pytest.raises(ValueError, match=f"--{flag} needs a CUDA GPU"):
-        quantization(replace(SETTINGS, **{flag: True}), "cpu")
 
 
 def as_checkpoint(folder, model, **changes):

@@ -124,8 +124,10 @@ def test_a_runs_own_file_repeats_it_in_a_new_folder(tmp_path):
 
 
 def test_a_fine_tunings_file_of_an_earlier_version_is_read(tmp_path):
-    """It had the settings of pretraining too, which said nothing."""
-    (tmp_path / "run.yaml").write_text("tokenizer: ''\npreset: null\nn_layer: null\nseed: 7\n")
+    """It had the settings of pretraining too, which said nothing, and those of bases in few bits."""
+    (tmp_path / "run.yaml").write_text(
+        "tokenizer: ''\nn_layer: null\nload_in_4bit: false\nload_in_8bit: false\nseed: 7\n"
+    )
     words = ["--config", str(tmp_path / "run.yaml")]
     assert parse(FinetuningSettings, "help", words).seed == 7
     with pytest.raises(UserError, match="sets 'tokenizer', which is no setting"):

@@ -305,26 +305,19 @@ class AdapterSettings(Settings):
     """Adapter"""
 
     full: bool = setting(False, "train all weights instead of an adapter", essential=True)
-    lora_r: int = setting(16, "rank of the adapter", ge=1)
-    lora_alpha: float = setting(32, "the adapter's output is scaled by lora_alpha / lora_r", gt=0)
-    lora_dropout: float = setting(0.0, "dropout before the adapter", ge=0, lt=1)
+    lora_r: int = setting(64, "rank of the adapter", ge=1)
+    lora_alpha: float = setting(128, "the adapter's output is scaled by lora_alpha / lora_r", gt=0)
+    lora_dropout: float = setting(0.1, "dropout before the adapter", ge=0, lt=1)
     target_modules: list[str] = setting(["all"], "what is adapted: attention, mlp, all, or names of modules")
     use_dora: bool = setting(False, "DoRA: train the length of the weights apart from their direction")
     use_rslora: bool = setting(False, "rsLoRA: scale by lora_alpha / sqrt(lora_r) instead")
     extend_vocabulary: int = setting(0, "add this many subwords of the corpus to the base's tokenizer", ge=0)
-    load_in_4bit: bool = setting(False, "keep the base in 4 bits (bitsandbytes, CUDA)")
-    load_in_8bit: bool = setting(False, "keep the base in 8 bits (bitsandbytes, CUDA)")
     merge: bool = setting(
         False, "at the end, write OUTPUT_DIR/merged: a plain checkpoint, and push that instead of the adapter"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        exclude(self, "load_in_4bit", "load_in_8bit")
-        if self.full and (self.load_in_4bit or self.load_in_8bit):
-            raise UserError(
-                "--full trains all weights, which --load_in_4bit and --load_in_8bit freeze: give one."
-            )
         if self.full and self.merge:
             raise UserError(
                 "--merge puts an adapter into its base, and --full trains none: leave it out, and for a plain checkpoint "
@@ -364,7 +357,7 @@ class FinetuningSettings(AdapterSettings, RunSettings):
     DECIDES: ClassVar[tuple[str, ...]] = ()
     RETIRED = (
         *("tokenizer", "vocab_size", "pad_to_multiple_of", "preset", "architecture"),
-        *("n_layer", "n_head", "n_embd", "n_inner"),
+        *("n_layer", "n_head", "n_embd", "n_inner", "load_in_4bit", "load_in_8bit"),
     )
 
     corpus: str = changed(DataSettings, "corpus", "tiny_pushkin")
@@ -374,7 +367,6 @@ class FinetuningSettings(AdapterSettings, RunSettings):
     num_train_epochs: float | None = changed(LengthSettings, "num_train_epochs", 3.0)
     max_steps: int | None = changed(LengthSettings, "max_steps", None)
     per_device_train_batch_size: int = changed(LengthSettings, "per_device_train_batch_size", 8)
-    learning_rate: float = changed(OptimizerSettings, "learning_rate", 2e-3)
     weight_decay: float = changed(OptimizerSettings, "weight_decay", 0.0)
     warmup_steps: float = changed(OptimizerSettings, "warmup_steps", 20)
     eval_steps: int = changed(LengthSettings, "eval_steps", 50)

@@ -61,6 +61,9 @@ class TuningSettings(FinetuningSettings):
         BaseSettings, "model_name_or_path", None, help="the model to tune, a folder or a Hub id"
     )
     full: bool = changed(AdapterSettings, "full", True)
+    lora_r: int = changed(AdapterSettings, "lora_r", 16)
+    lora_alpha: float = changed(AdapterSettings, "lora_alpha", 32)
+    lora_dropout: float = changed(AdapterSettings, "lora_dropout", 0.0)
     num_train_epochs: float | None = changed(LengthSettings, "num_train_epochs", None)
     dropout: float | None = changed(BaseSettings, "dropout", 0.0)
     early_stopping_patience: int | None = changed(LengthSettings, "early_stopping_patience", None)

@@ -131,7 +131,7 @@ def check_base(adapter: Path, base: str, model: PreTrainedModel) -> None:
     """
     identity = _identity_beside(adapter)
     if not identity.get("base") or identity.get("load_in_4bit") or identity.get("load_in_8bit"):
-        return  # from elsewhere, or its base was never seen in float32
+        return  # from elsewhere, or its base was never seen in float32, as an earlier version could
     for name, digest in base_sha256(model).items():
         if identity.get(name, digest) != digest:
             raise UserError(f"it was trained on another base, {base} has other weights now")

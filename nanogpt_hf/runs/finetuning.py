@@ -16,7 +16,6 @@ from ..model.bases import local_checkpoint
 from ..model.loading import base_sha256, check_vocabulary, context_length
 from ..training.causal_attention import leave_masks_out
 from ..training.checkpoints import Progress
-from ..training.hardware import device_type
 from ..training.loop import train
 from ..training.lora import (
     add_adapter,
@@ -24,7 +23,6 @@ from ..training.lora import (
     embed_new_tokens,
     extend_embedding,
     load_base,
-    quantization,
 )
 from ..training.run_folder import alone_in
 from .pretraining import settle_generation
@@ -86,8 +84,7 @@ def adapt_base(
         UserError: base, tokenizer and settings do not fit together.
     """
     name = settings.model_name_or_path
-    options = settings.dropouts() | quantization(settings, device_type(settings.use_cpu))
-    model = load_base(name, whole=settings.full, **options)
+    model = load_base(name, whole=settings.full, **settings.dropouts())
     tokenizer = load_tokenizer(local_checkpoint(name))
     check_vocabulary(tokenizer, model)
     # A stage that compares itself with its start needs the same start to go on.

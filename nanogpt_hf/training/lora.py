@@ -8,18 +8,16 @@ own config.json names: GPT-2 and ours are held in our class, whose modules have 
 Qwen3 or Llama in transformers' own, where queries, keys and values are three modules and not one.
 
 The base's weights stay in float32, and are not trained: bfloat16 would save 2 bytes a weight (0.25 of 22 GiB for
-GPT-2 at batch 16, context 1,024), but validation would no longer measure what is saved. Where memory is short,
-load_in_4bit and load_in_8bit save more.
+GPT-2 at batch 16, context 1,024), but validation would no longer measure what is saved.
 """
 
-import importlib.util
 import os
 import warnings
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
@@ -71,28 +69,6 @@ def load_base(name: str, whole: bool = False, **options: Any) -> PreTrainedModel
             "--dropout out, --lora_dropout is the adapter's own."
         )
     return model
-
-
-def quantization(settings: FinetuningSettings, device_type: str) -> dict:
-    """The arguments of `from_pretrained` for a base in 4 or 8 bits; none for one in float32.
-
-    Raises:
-        UserError: there is no CUDA, or bitsandbytes is not installed.
-    """
-    if not (settings.load_in_4bit or settings.load_in_8bit):
-        return {}
-    flag = "--load_in_4bit" if settings.load_in_4bit else "--load_in_8bit"
-    if device_type != "cuda":
-        raise UserError(f"{flag} needs a CUDA GPU, and none is used: leave it out.")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{flag} needs bitsandbytes, which is not installed: pip install bitsandbytes.")
-    config = BitsAndBytesConfig(
-        load_in_4bit=settings.load_in_4bit,
-        load_in_8bit=settings.load_in_8bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def find_targets(model: PreTrainedModel, names: list[str]) -> list[str]:

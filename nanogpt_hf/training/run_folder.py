@@ -44,8 +44,7 @@ SHAPE = (
     "layer_norm_epsilon activation_function"
 ).split()
 ADAPTATION = (  # settings of a fine-tuning that decide what trains
-    "n_positions full lora_r lora_alpha lora_dropout target_modules use_dora use_rslora "
-    "extend_vocabulary load_in_4bit load_in_8bit"
+    "n_positions full lora_r lora_alpha lora_dropout target_modules use_dora use_rslora extend_vocabulary"
 ).split()
 
 
