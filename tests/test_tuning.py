@@ -368,6 +368,11 @@ class Letters:
             ]
         }
 
+    weights = {"a": 1}
+
+    def guarded(self, given):
+        return given
+
     def combined(self, given):
         return given["a"]
 

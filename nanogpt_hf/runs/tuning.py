@@ -189,7 +189,13 @@ def rewards_objective(
     """
     lines = len(rewards.form.scheme.stanza)
     write = StanzaWriter.like(first.stanzas, tokenizer, lines, settings.temperature)
-    T = settings.n_positions
+    longest = max(len(write.encode(line)) for line in first.to_learn + first.held_out) + write.max_new_tokens
+    T = min(settings.n_positions, -(-longest // 64) * 64)  # no window is longer than the texts are
+    import os
+    ids = corpus.ids("train", tokenizer)
+    if os.environ.get("TEXT") == "stanzas":
+        from ..data.tokenization import encode
+        ids = np.concatenate([encode(tokenizer, "\n\n" + s) for s in first.stanzas])
     return GroupRelativePolicy(
         accelerator,
         model,
@@ -197,8 +203,8 @@ def rewards_objective(
         rewards,
         first.to_learn,
         first.held_out,
-        TokenStream(corpus.ids("train", tokenizer), T, accelerator.device, corpus.name),
-        validation_stream(tokenizer, corpus, T, accelerator.device),
+        TokenStream(ids, T, accelerator.device, corpus.name),
+        validation_stream(tokenizer, corpus, settings.n_positions, accelerator.device),
         corpus.characters("validation"),
         batch_size=global_batch_size(settings, accelerator),
         group=settings.num_generations,

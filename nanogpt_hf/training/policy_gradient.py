@@ -16,7 +16,7 @@ Shapes: B texts, T tokens of the context, V vocabulary.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..verse.rewards import Rewards
 from .evaluation import evaluate_split
 from .objectives import Batch, Objective
 
+LEAST_SPREAD = 0.02  # of a reward, which one lucky line would else make a mountain of
 TEXT_EVERY = 4  # one window of text for so many texts that the model writes
 
 
@@ -122,12 +123,11 @@ class GroupRelativePolicy(Objective):
         seed = int(mix(np.uint64(self.seed + 1)) ^ np.uint64(step * accelerator.num_processes)) >> 1
         written = self.write(self._as_it_is(), prompts, seed + accelerator.process_index)
         given = self.rewards.by_name(written.texts)
-        worth = self.rewards.combined(given)
         self.newest = {f"reward_{name}": _mean_without_first(parts) for name, parts in given.items()}
-        self.newest |= {"reward": _mean_without_first(worth), "written_tokens": float(written.lengths.mean())}
-        inputs, targets, advantages = self._windows(
-            written, self._advantages(written, worth), prompts.shape[1]
-        )
+        self.newest["reward"] = _mean_without_first(self.rewards.combined(given))
+        self.newest["written_tokens"] = float(written.lengths.mean())
+        advantages = self._advantages(written, self.rewards.guarded(given))
+        inputs, targets, advantages = self._windows(written, advantages, prompts.shape[1])
         return inputs, targets, advantages, self._log_p_at_start(inputs, targets)
 
     @torch.no_grad()
@@ -137,16 +137,29 @@ class GroupRelativePolicy(Objective):
             own.copy_(newest)
         return self.scribe
 
-    def _advantages(self, written: Written, worth: Sequence[np.ndarray]) -> np.ndarray:
-        """Of each new token (B N): its line's worth against all lines that were written for the prompt."""
-        advantages = np.zeros(written.lines.shape)
-        for start in range(0, len(worth), self.group):
-            lines = np.concatenate([lines[1:] for lines in worth[start : start + self.group]])
-            mean, std = (lines.mean(), lines.std()) if lines.size else (0.0, 1.0)
-            for row in range(start, start + self.group):
-                of_line = (worth[row] - mean) / (std + 1e-4)
-                advantages[row] = of_line[np.minimum(written.lines[row], len(of_line) - 1)]
-        return advantages
+    def _advantages(self, written: Written, given: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+        """Of each new token (B N): what its line is worth more than the same line of the prompt's other texts.
+
+        Each reward is measured in its own spread over the batch, so that a rare one is heard beside a common one
+        (Liu et al. 2026, GDPO).
+        """
+        B, K = len(written.texts), self.write.lines
+        import os
+        last = os.environ.get("LASTWORD")
+        total = np.zeros(written.lines.shape)
+        for name, lines in given.items():
+            worth = np.full((B, K), np.nan)
+            for row, values in enumerate(lines):
+                worth[row, 1 : len(values)] = values[1:K]  # the first one was given
+            groups = worth.reshape(-1, self.group, K)
+            there = np.isfinite(groups)
+            means = np.where(there, groups, 0).sum(1, keepdims=True) / there.sum(1, keepdims=True).clip(1)
+            better = np.where(there, groups - means, 0).reshape(B, K)
+            spread = np.sqrt((better**2).sum() / max(1, there.sum()))
+            better *= self.rewards.weights[name] / sum(self.rewards.weights.values()) / max(spread, LEAST_SPREAD)
+            part = np.take_along_axis(better, written.lines.clip(max=K - 1), axis=1)
+            total += part * written.closing if name == "rhyme" and last else part
+        return total
 
     def _windows(self, written: Written, advantages: np.ndarray, P: int) -> Batch:
         """The texts as the decoder read them: a full context is halved, and its later half begins the next window.
@@ -154,7 +167,7 @@ class GroupRelativePolicy(Objective):
         Returns:
             Inputs, targets (-100 where nothing was written) and advantages, each B S T.
         """
-        T, stride = self.context, self.context + 1 - self.context // 2
+        T, stride = self.train.block_size, self.context + 1 - self.context // 2
         length = P + self.write.max_new_tokens
         S = 1 + max(0, -(-(length - T - 1) // stride))
         room = (S - 1) * stride + T + 1
