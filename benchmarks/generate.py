@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -178,7 +178,8 @@ def measure(settings: GenerateSettings, device: str) -> list[dict]:
     variants = [name for name in PEERS + OURS if name != "nanoGPT" or settings.nanogpt_dir]
     if device == "cpu":
         variants += [name for name in ON_A_CPU if "CTranslate2" not in name or find_spec("ctranslate2")]
-    context, pipes, rows = get_context("spawn"), {}, []
+    quickest = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+    context, pipes, rows = get_context(quickest), {}, []
     for variant in variants:
         pipes[variant], theirs = context.Pipe()
         words = (variant, device, settings.nanogpt_dir, theirs)

@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py                                   # GPT-2 with DDP, gpt2-xl with FSDP2 and DDP
     python benchmarks/scaling.py --presets gpt2 --processes 1 4    # one size, on 1 and 4 GPUs
-    python benchmarks/scaling.py --profile                         # and where the time of a step goes
+    python benchmarks/scaling.py --profile traces/                 # and where the time of a step goes
+    python benchmarks/scaling.py --without prefetch fused_head     # what each of these is worth
     python benchmarks/scaling.py --tiny                            # a small model on one and two CPU processes
 
 Every row is a launch of its own with a file of accelerate_configs/, one after another, on random tokens: no corpus, no
@@ -13,10 +14,13 @@ over those of the same layout on one GPU times their number.
 import argparse
 import datetime
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
@@ -24,13 +28,16 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.distributed.fsdp import fully_shard
 
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
 from nanogpt_hf.common.cli import run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
+from nanogpt_hf.training import objectives, optimization, sharing_out, stepping
 from nanogpt_hf.training.hardware import describe_device, make_accelerator, settle
 from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import make_optimizers
@@ -51,6 +58,31 @@ SIZES = {
     "cpu": (4, ["DDP"]),
 }
 WARM_UP = 5
+# What --without leaves out: whose place is taken by what.
+WITHOUT = {
+    "fused_head": [(objectives, "plain_head", lambda lm: None)],
+    "prefetch": [(stepping, "prefetch_blocks", lambda model, blocks: None)],
+    "plain_shards": [
+        (stepping, "clip_sharded_grad_norm_", torch.nn.utils.clip_grad_norm_),
+        (optimization, "AdamW", torch.optim.AdamW),
+    ],
+    "sharing_out": [(sharing_out, "group_of", lambda weight: None)],  # of Muon's matrices; DDP only
+}
+LABELS = "FSDP::|nccl:|Optimizer|ProfilerStep|Torch-Compiled|## "  # spans of the device's timeline that are no kernels
+# Kinds of kernels by a part of their names, the first that fits.
+KERNELS = {
+    "all-gather": "allgather",
+    "reduce-scatter": "reducescatter",
+    "all-reduce": "allreduce",
+    "other communication": "nccl",
+    "attention": "fmha|flash|sdpa|attention|cudnn_generated",
+    "products": "gemm|nvjet|cutlass|xmma|splitk",
+    "loss": "softmax|nll",
+    "optimiser": "adam|lpnorm|lerp",
+    "gathered and reduced copies": "split_with_sizes|chunk_cat|copyfunctor|copy_",
+    "compiled": "triton",
+    "memory": "memcpy|memset",
+}
 
 
 def parse() -> argparse.Namespace:
@@ -69,7 +101,17 @@ def parse() -> argparse.Namespace:
     add("--max_minutes", type=float, default=None, help="begin no further row after this time")
     add("--token_ids", help="a .npy file of token ids instead of random ones")
     add("--no_compile", action="store_true", help="leave torch.compile out")
-    add("--profile", action="store_true", help="profile three more steps of every row")
+    add("--profile", metavar="FOLDER", help="profile two more steps of every row; their traces go here")
+    add(
+        "--without",
+        nargs="+",
+        choices=[*WITHOUT],
+        default=[],
+        help="leave out what the project does by itself",
+    )
+    add("--optim", default="adamw", help="adamw or muon")
+    add("--reshard_after_forward", choices=["true", "false"], help="default: as the launch settings say")
+    add("--blocks_per_group", type=int, default=1, help="blocks that FSDP2 gathers at once")
     add("--tiny", action="store_true", help="a small model on the CPU, to try the script")
     add("--output", help="file for the rows as JSON")
     add("--worker", help=argparse.SUPPRESS)
@@ -84,10 +126,13 @@ def parse() -> argparse.Namespace:
 
 def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> dict | None:
     """The numbers of one row; None in all processes but the first."""
+    for module, name, other in (change for left_out in args.without for change in WITHOUT[left_out]):
+        setattr(module, name, other)
     settings = TrainingSettings(
         preset=preset,
         per_device_train_batch_size=batch,
         use_cpu=args.tiny,
+        optim=args.optim,
         torch_compile=False if args.no_compile or args.tiny else None,
     )
     accelerator = make_accelerator(settings)
@@ -106,6 +151,8 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
         ids = np.random.default_rng(0).integers(0, config.vocab_size, size=2**20, dtype=np.uint16)
     stream = TokenStream(ids, config.n_positions, accelerator.device)
     objective = LanguageModeling(accelerator, stream, global_batch_size(settings, accelerator), seed=0)
+    if args.blocks_per_group > 1:
+        group_blocks(accelerator, model, args.blocks_per_group)
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     optimizers = [optimizer.optimizer for optimizer in optimizers]
     model.train()
@@ -117,10 +164,12 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
     for step in range(WARM_UP):
         take_step(step)
     seconds, loss = timed(take_step, range(WARM_UP, WARM_UP + args.steps), accelerator.device)
+    host = median(host_seconds(take_step, range(args.steps), accelerator.device))
     memory = torch.tensor([peak_memory(accelerator.device)], device=accelerator.device)
     row = {
         "seconds_a_step": median(seconds),
         "slowest_step": max(seconds),
+        "host_seconds_a_step": host,
         "tokens_per_s": objective.tokens_per_step / median(seconds),
         "peak_memory_gib": accelerator.gather(memory).max().item() / 2**30,
         "loss": accelerator.reduce(loss, reduction="sum").item(),
@@ -128,7 +177,9 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
         "hardware": describe_device(accelerator),
     }
     if args.profile and accelerator.device.type == "cuda":
-        row["profile"] = profile(take_step, range(WARM_UP + args.steps, WARM_UP + args.steps + 3))
+        row["profile"] = profile(
+            take_step, range(WARM_UP + args.steps, WARM_UP + args.steps + 2), accelerator, args
+        )
     settle(accelerator)
     accelerator.end_training()
     return row if accelerator.is_main_process else None
@@ -164,25 +215,82 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def profile(take_step, steps: range) -> dict[str, float]:
-    """Where the first GPU's time of a step goes, in ms: kernels that compute, that communicate, and what overlaps."""
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profiler:
+def host_seconds(take_step, steps: range, device: torch.device) -> list[float]:
+    """Seconds until the host has given a step's work to an idle device: what the step can never be shorter than."""
+    seconds = []
+    for step in steps[:5]:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        take_step(step)
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def group_blocks(accelerator: Accelerator, model: NanoGPTForCausalLM, size: int) -> None:
+    """Let FSDP2 gather so many blocks at once, before accelerate gives each block a group of its own."""
+    plugin, blocks = accelerator.state.fsdp_plugin, stepping.blocks_of(model)
+    plugin.transformer_cls_names_to_wrap = [
+        f"FSDP{type(blocks[0]).__name__}"
+    ]  # as they are named from here on
+    for start in range(0, len(blocks), size):
+        fully_shard(
+            blocks[start : start + size],
+            reshard_after_forward=plugin.reshard_after_forward,
+            mp_policy=plugin.mixed_precision_policy,
+        )
+
+
+def profile(take_step, steps: range, accelerator: Accelerator, args: argparse.Namespace) -> dict:
+    """Where the first GPU's time of a step goes, in ms: kernels that compute, that communicate, and what overlaps.
+
+    kinds holds the milliseconds of each kind of kernel, and those of its that nothing else hides.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
         for step in steps:
             take_step(step)
         torch.cuda.synchronize()
-    spans = {"communication": [], "computation": []}
+    if not accelerator.is_main_process:
+        return {}
+    spans, names = defaultdict(list), defaultdict(float)
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kind = "communication" if "nccl" in event.name.lower() else "computation"
+        if event.device_type == torch.autograd.DeviceType.CUDA and not re.match(LABELS, event.name):
+            name = event.name.lower()
+            kind = next((kind for kind, parts in KERNELS.items() if re.search(parts, name)), "other")
             spans[kind].append((event.time_range.start, event.time_range.end))
-    covered = {kind: length(intervals) for kind, intervals in spans.items()}
-    both = length(spans["communication"] + spans["computation"])
-    alone = both - covered["computation"]
-    everything = spans["communication"] + spans["computation"]
+            names[event.name[:120]] += (event.time_range.end - event.time_range.start) / 1000 / len(steps)
+    Path(args.profile).mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(Path(args.profile) / f"{os.getpid()}.json.gz"))
+    return summary(spans, len(steps)) | {
+        "trace": f"{os.getpid()}.json.gz",
+        "kernels": dict(sorted(names.items(), key=lambda item: -item[1])[:25]),
+    }
+
+
+def summary(spans: dict[str, list[tuple[float, float]]], steps: int) -> dict:
+    """Milliseconds a step out of the microseconds at which the kernels of each kind began and ended."""
+    everything = [span for kind in spans.values() for span in kind]
+    both = length(everything)
+    communication = [
+        span for kind, own in spans.items() if "-" in kind or "communication" in kind for span in own
+    ]
+    computation = [
+        span for kind, own in spans.items() if not ("-" in kind or "communication" in kind) for span in own
+    ]
     whole = max(end for _, end in everything) - min(start for start, _ in everything)
-    microseconds = covered | {"communication_alone": alone, "idle": whole - both, "step": whole}
-    return {name: value / 1000 / len(steps) for name, value in microseconds.items()}
+    microseconds = {
+        "communication": length(communication),
+        "computation": length(computation),
+        "communication_alone": both - length(computation),
+        "idle": whole - both,
+        "step": whole,
+    }
+    kinds = {}
+    for kind, own in sorted(spans.items(), key=lambda item: -length(item[1])):
+        others = [span for other, more in spans.items() if other != kind for span in more]
+        kinds[kind] = [round(us / 1000 / steps, 2) for us in (length(own), both - length(others))]
+    return {name: value / 1000 / steps for name, value in microseconds.items()} | {"kinds": kinds}
 
 
 def length(intervals: list[tuple[float, float]]) -> float:
@@ -201,6 +309,8 @@ def launch(preset: str, layout: str, processes: int, batch: int, args: argparse.
     """A row, measured in processes of its own; `error` says why there is none."""
     config = (ON_CPU if args.tiny else CONFIGS)[layout][processes > 1]
     place = ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml", "--num_processes", processes]
+    if args.reshard_after_forward:
+        place += ["--fsdp_reshard_after_forward", args.reshard_after_forward]
     place += ["--main_process_port", 0] + ([] if args.tiny else ["--gpu_ids", "all"])
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "row.json"
@@ -218,18 +328,18 @@ def launch(preset: str, layout: str, processes: int, batch: int, args: argparse.
 def table(rows: list[dict]) -> str:
     """Markdown; efficiency is against one process of the same size and layout."""
     lines = [
-        "| model | layout | GPUs | batch per GPU | tokens/s | efficiency | ms per step | GiB per GPU |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | layout | GPUs | batch per GPU | tokens/s | efficiency | ms per step | host ms | GiB per GPU |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         start = f"| {row['preset']} | {row['layout']} | {row['processes']} | {row['batch_per_device']} "
         if "error" in row:
-            lines.append(f"{start}| {row['error'][:80]} | | | |")
+            lines.append(f"{start}| {row['error'][:80]} | | | | |")
             continue
         share = f"{row['efficiency']:.1%}" if "efficiency" in row else ""
         lines.append(
             f"{start}| {row['tokens_per_s']:,.0f} | {share} | {1000 * row['seconds_a_step']:.1f} "
-            f"| {row['peak_memory_gib']:.1f} |"
+            f"| {1000 * row['host_seconds_a_step']:.1f} | {row['peak_memory_gib']:.1f} |"
         )
     return "\n".join(lines)
 

@@ -15,11 +15,12 @@ what it costs the models. --verse has them write stanzas on first lines that are
 one more table, with the real stanzas as a row, and verse.html, where stresses, feet and rhymes are marked.
 """
 
+import os
 from collections.abc import Sequence
 
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.comparison_settings import FILES, ComparisonSettings
-from nanogpt_hf.common.paths import check_model_name, check_unused
+from nanogpt_hf.common.paths import check_folder, check_model_name, check_unused
 from nanogpt_hf.data.sources import check_corpora
 
 
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(ComparisonSettings, __doc__, argv, positional="runs")
     for name in settings.model:
         check_model_name(name)
+    for name in settings.runs:
+        if not os.path.exists(name):
+            check_folder(name)
     check_corpora(settings.corpus, settings.validation_file)
     if settings.output_dir and not settings.overwrite_output_dir:
         check_unused(settings.output_dir, FILES)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_hf.common.cli import parse, run_recipe, tell
+from nanogpt_hf.common.paths import check_model_name
 from nanogpt_hf.common.recipes import command
 from nanogpt_hf.common.settings import TextSettings, changed, setting, short_name
 from nanogpt_hf.data.sources import check_corpora
@@ -55,6 +56,7 @@ def cores() -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(PreparationSettings, __doc__, argv)
     check_corpora(settings.corpus, settings.validation_file)
+    check_model_name(settings.tokenizer)
     from nanogpt_hf.data.preparation import prepare  # with torch, which takes seconds
 
     started = time.perf_counter()

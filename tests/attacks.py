@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
-from processes import Run
-from test_recipes import run as run_here
+from processes import Run, run_here
 
 from nanogpt_hf.common import files
 from nanogpt_hf.common.files import UNFINISHED

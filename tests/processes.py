@@ -3,18 +3,24 @@
 A fresh interpreter spends seconds on imports; a fork of a warm one trains a tiny model in about one.
 """
 
+import functools
 import hashlib
 import json
-import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import runpy
+import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm import tqdm
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
 
 from nanogpt_hf.common.cli import parse, run_recipe
@@ -26,7 +32,7 @@ from nanogpt_hf.training.hardware import make_accelerator
 from nanogpt_hf.training.loop import train
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ["processes", "matplotlib.backends.backend_agg", "torch.nn.parallel"]
+PRELOADED = ["processes", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch.nn.parallel"]
 TINY = (
     "--architecture qwen3 --optim muon --n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --dropout 0.1 --use_cpu "
     "--max_steps 30 --warmup_steps 5 --logging_steps 3 --eval_steps 6 --save_steps 5 --per_device_eval_batch_size 512 --sample_length 20"
@@ -34,6 +40,7 @@ TINY = (
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 30
 
 tqdm.get_lock()  # made before any fork: a killed process would leave one of its own behind
+get_checkpoint_conversion_mapping("gpt2")  # takes half a second the first time, wherever a model is loaded
 
 
 def write_corpus(folder: Path, text: str = TEXT) -> Path:
@@ -68,6 +75,40 @@ def train_here(words: list[str], change_model=None, make_accelerator=make_accele
     return train(accelerator, settings, corpus, tokenizer, model, objective)
 
 
+def run_here(script: str, *words) -> int:
+    """A recipe in this process, or another script by its path below the clone, as if it were run; its exit status."""
+    before = sys.argv
+    sys.argv = [script, *map(str, words)]
+    try:
+        runpy.run_path(
+            str(ROOT / script if "/" in script else ROOT / "recipes" / script), run_name="__main__"
+        )
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+@functools.cache
+def warm_interpreter() -> multiprocessing.context.BaseContext:
+    """Where all processes of multiprocessing's method forkserver are forked from, here and in what the tests call."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # a process of several threads cannot be forked safely
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def start(target, *args) -> multiprocessing.process.BaseProcess:
+    """A process that calls a function of a module, forked."""
+    process = warm_interpreter().Process(target=target, args=args)
+    process.start()
+    return process
+
+
 class Run:
     """A process at work on a run up to the end of its training, answering errors as recipes do.
 
@@ -79,25 +120,10 @@ class Run:
         environment: variables to set.
     """
 
-    context = None
-
     def __init__(self, words, recipe: str | None = None, log: Path | None = None, prepare=(), **environment):
-        if Run.context is None:
-            Run.context = multiprocessing.get_context("forkserver")
-            Run.context.set_forkserver_preload(PRELOADED)
         words = [str(word) for word in words]
         self.log = log or Path(words[words.index("--output_dir") + 1] + ".log")
-        self.process = Run.context.Process(
-            target=_run, args=(words, recipe, str(self.log), prepare, environment)
-        )
-        before = dict(os.environ)
-        os.environ["OMP_NUM_THREADS"] = "1"  # a process of several threads cannot be forked safely
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        try:
-            self.process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        self.process = start(_run, words, recipe, str(self.log), prepare, environment)
 
     def wait(self, timeout=120) -> int:
         """Its exit status, 128 + n after signal n as a shell has it."""
@@ -135,6 +161,24 @@ def _run(words, recipe, log, prepare, environment):
         return run_recipe(lambda: train_here(words) and None)
     sys.argv = [f"recipes/{recipe}", *words]
     runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
+
+
+def ring(commands: Sequence[list], logs: Path, **options) -> list[Run]:
+    """Processes at work on one run, as a launcher starts them.
+
+    Args:
+        commands: the command line of each.
+        logs: folder of what each one prints.
+        options: of each `Run`.
+    """
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port, size = str(any_port.getsockname()[1]), str(len(commands))
+    place = dict(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [
+        Run(words, log=logs / f"{port}-{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **place | options)
+        for rank, words in enumerate(commands)
+    ]
 
 
 def finished(words, **options) -> str:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from processes import digests, metrics, without_times
-from test_recipes import run
+from processes import run_here as run
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,

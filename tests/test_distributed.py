@@ -8,9 +8,6 @@ import json
 import os
 import runpy
 import shutil
-import socket
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +19,7 @@ from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from processes import ROOT, Run, digests, metrics, train_here, training_words, write_corpus
+from processes import ROOT, digests, metrics, ring, run_here, train_here, training_words, write_corpus
 from safetensors.torch import load_file
 from torch.distributed.fsdp import OffloadPolicy
 from transformers import AutoModelForCausalLM
@@ -48,19 +45,6 @@ def launched_with(name: str) -> dict[str, str]:
     args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "script.py"])
     args, _, _ = _validate_launch_command(args)
     return {key: value for key, value in prepare_multi_gpu_env(args).items() if os.environ.get(key) != value}
-
-
-def ring(tmp_path, words, config: str, prepare=lambda words: (), processes: int = 2) -> list[Run]:
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        port = any_port.getsockname()[1]
-    size = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-    place = size | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) | launched_with(config)
-    logs = [tmp_path / f"{config}-{port}-{rank}.log" for rank in range(processes)]
-    return [
-        Run(words, log=log, prepare=prepare(words), RANK=str(rank), LOCAL_RANK=str(rank), **place)
-        for rank, log in enumerate(logs)
-    ]
 
 
 def sharded_on_cpu(settings):
@@ -89,8 +73,8 @@ def train(tmp_path, layout: str, folder: Path, corpus: Path, *options) -> None:
     config = {"ddp": "cpu_2_processes", "checkpointing fsdp2": "gpus_fsdp2_checkpointing"}.get(
         layout, "gpus_fsdp2"
     )
-    prepare = (lambda words: ()) if layout == "ddp" else (lambda words: (train_sharded, words))
-    runs = ring(tmp_path, words, config, prepare)
+    prepare = () if layout == "ddp" else (train_sharded, words)
+    runs = ring([words] * 2, tmp_path, prepare=prepare, **launched_with(config))
     assert [run.wait() for run in runs] == [0, 0], runs[0].said() + runs[1].said()
 
 
@@ -214,7 +198,7 @@ def test_settings_for_gpus_on_a_machine_without(name, corpus, tmp_path, monkeypa
     """One sentence from the first process, nothing from the other, and no run folder."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     words = [word for word in training_words(tmp_path / "run", corpus) if word != "--use_cpu"]
-    runs = ring(tmp_path, words, name)
+    runs = ring([words] * 2, tmp_path, **launched_with(name))
     assert [run.wait() for run in runs] == [2, 2]
     said = [[line for line in run.said().splitlines() if "error" in line.lower()] for run in runs]
     assert (
@@ -247,7 +231,7 @@ def test_processes_that_do_not_divide_the_batch_of_a_run(by_one, corpus, tmp_pat
     folder, options = by_one["adamw"]
     before = digests(folder)
     words = training_words(folder, corpus, *SAME.split(), *options, *GO_ON)
-    runs = ring(tmp_path, words, "cpu_2_processes", processes=3)
+    runs = ring([words] * 3, tmp_path, **launched_with("cpu_2_processes"))
     assert [run.wait() for run in runs] == [2, 2, 2]
     said = [[line for line in run.said().splitlines() if "error" in line.lower()] for run in runs]
     assert "3 processes do not divide its batch of 8 sequences" in said[0][0]
@@ -260,21 +244,15 @@ def test_processes_that_do_not_divide_the_batch_of_a_run(by_one, corpus, tmp_pat
 # --- the benchmarks ---
 
 
-def test_scaling_measures_two_processes(tmp_path):
+def test_scaling_measures_two_processes(tmp_path, capsys, monkeypatch):
     report = tmp_path / "report.json"
     words = ["--tiny", "--steps", "2", "--processes", "2", "--output", str(report)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), *words],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert run_here("benchmarks/scaling.py", *words) == 0
     (row,) = json.loads(report.read_text(encoding="utf-8"))["rows"]
     assert row["processes"] == 2 and row["peak_memory_gib"] > 0
     assert row["tokens_per_s"] == pytest.approx(2 * row["batch_per_device"] * 32 / row["seconds_a_step"])
-    assert "| cpu | DDP | 2 | 4 |" in done.stdout and "efficiency" not in row
+    assert "| cpu | DDP | 2 | 4 |" in capsys.readouterr().out and "efficiency" not in row
 
 
 def test_efficiency_is_against_one_process_of_the_same_layout():

@@ -5,8 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from processes import ring
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -277,20 +276,11 @@ def test_two_processes_measure_what_one_does(folders, tmp_path):
         "7",
     ]
     alone = results_of(words, tmp_path / "alone")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words += ["--use_cpu", "--output_dir", str(tmp_path / "both"), "--per_device_eval_batch_size", "3"]
-    run = subprocess.run(
-        [*command, str(ROOT / "recipes" / "compare.py"), *words],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    runs = ring([words] * 2, tmp_path, recipe="compare.py")
+    assert [run.wait() for run in runs] == [0, 0], runs[0].said() + runs[1].said()
     both = json.loads((tmp_path / "both" / "results.json").read_text(encoding="utf-8"))
-    assert run.stdout.count("| char ") == 1
+    assert "".join(run.said() for run in runs).count("| char ") == 1
     for one, two in zip(alone["models"], both["models"], strict=True):
         assert one.keys() == two.keys()
         for key in one.keys() - {"model"}:

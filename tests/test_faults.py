@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from processes import (
     digests,
     finished,
     metrics,
+    ring,
     train_here,
     training_words,
     without_times,
@@ -457,20 +457,11 @@ def test_a_tracker_that_cannot_begin(corpus, tmp_path):
     assert metrics(folder)[-1]["step"] == 30
 
 
-def start_two(words, tmp_path) -> list[Run]:
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        port = str(any_port.getsockname()[1])
-    ring = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [Run(words, log=tmp_path / f"{n}.log", RANK=str(n), LOCAL_RANK=str(n), **ring) for n in range(2)]
-
-
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_of_two_processes_dies_the_other_says_so_and_ends(corpus, tmp_path, victim):
     folder = tmp_path / "run"
-    runs = start_two(
-        training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "10000"), tmp_path
-    )
+    words = training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "10000")
+    runs = ring([words] * 2, tmp_path)
     runs[0].wait_for(folder / "checkpoints" / "step-10")
     runs[victim].signal(signal.SIGKILL)
     assert "another process of this run has ended" in one_sentence(runs[1 - victim], 1)
@@ -479,9 +470,8 @@ def test_when_one_of_two_processes_dies_the_other_says_so_and_ends(corpus, tmp_p
 
 def test_both_of_two_processes_stop_at_the_same_step(corpus, tmp_path):
     folder = tmp_path / "run"
-    runs = start_two(
-        training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "10000"), tmp_path
-    )
+    words = training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "10000")
+    runs = ring([words] * 2, tmp_path)
     runs[0].wait_for(folder / "checkpoints" / "step-10")
     runs[1].signal(signal.SIGTERM)
     assert [run.wait() for run in runs] == [143, 143], [run.said() for run in runs]

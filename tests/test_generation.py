@@ -1,16 +1,14 @@
 """The next token: how it is drawn, and that the fast step of our models is the network itself."""
 
 import json
-import subprocess
-import sys
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_here, warm_interpreter
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,7 +22,6 @@ from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.generation.decoding import CachedDecoder, Sampler, StaticDecoder, make_decoder
 from nanogpt_hf.generation.text import generate_ids
 
-ROOT = Path(__file__).parents[1]
 CONTEXT, V = 32, 97
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 48, "n_positions": CONTEXT, "vocab_size": V}
 SIZES |= {
@@ -269,17 +266,14 @@ def test_suppressed_tokens_never_come(device, sampling):
     assert written(model, prompt(8, 3), 50, seed=1, **sampling).max() < 3
 
 
-def test_the_benchmark_measures_every_variant(tmp_path):
+def test_the_benchmark_measures_every_variant(tmp_path, capsys):
     words = "--sizes tiny --batch_sizes 2 --repeats 1 --use_cpu --output".split()
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "generate.py", *words, tmp_path / "out.json"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    warm_interpreter()
+    assert run_here("benchmarks/generate.py", *words, tmp_path / "out.json") == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     measured = [row["variant"] for row in rows]
     assert measured[:3] == ["transformers", "ours, gpt2", "ours, qwen3"] and measured[-1] == "ours, gpt2 int8"
-    assert all(row["tokens_per_s"] > 0 for row in rows) and "ours, gpt2 / transformers" in done.stdout
+    assert (
+        all(row["tokens_per_s"] > 0 for row in rows)
+        and "ours, gpt2 / transformers" in capsys.readouterr().out
+    )

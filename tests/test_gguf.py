@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import ROOT, run_here
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +33,6 @@ from nanogpt_hf.sharing.gguf_tokenizer import PRE_TOKENIZERS
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra gguf)")
 
-ROOT = Path(__file__).parents[1]
 # The tokenizers of characters have met neither ё, nor the emoji, nor U+2581: the text has bytes in it.
 PASSAGE = (
     "Now is the winter of our discontent made glorious summer by this sun of York.\r\nЕщё не всё: её весёлый счёт, "
@@ -228,29 +227,11 @@ def native_folder(path, architecture, tokenizer):
     return model
 
 
-def share(*words):
-    return subprocess.run(
-        [sys.executable, ROOT / "recipes/share.py", *map(str, words)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_share_writes_a_gguf_a_modelfile_and_a_card(tmp_path):
+def test_share_writes_a_gguf_a_modelfile_and_a_card(tmp_path, capfd):
     native_folder(tmp_path / "run", "gpt2", char_tokenizer())
-    done = share(
-        "--model",
-        tmp_path / "run",
-        "--hub_format",
-        "gguf",
-        "--quantization",
-        "q8_0",
-        "--output_dir",
-        tmp_path / "my poet",
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    words = ["--hub_format", "gguf", "--quantization", "q8_0", "--output_dir", tmp_path / "my poet"]
+    status = run_here("share.py", "--model", tmp_path / "run", *words)
+    assert (status, capfd.readouterr().err) == (0, "")
     assert {path.name for path in (tmp_path / "my poet").iterdir()} == {
         "README.md",
         "manifest.json",
@@ -265,9 +246,10 @@ def test_share_writes_a_gguf_a_modelfile_and_a_card(tmp_path):
     assert "llama-completion -m my-poet-Q8_0.gguf" in card and "ollama create my-poet -f Modelfile" in card
 
 
-def test_a_quantisation_without_gguf_is_a_sentence(tmp_path):
-    done = share("--model", tmp_path, "--quantization", "q8_0", "--output_dir", tmp_path / "out")
-    assert done.returncode == 2 and "--quantization q8_0 is of a GGUF: add --hub_format gguf." in done.stderr
+def test_a_quantisation_without_gguf_is_a_sentence(tmp_path, capfd):
+    words = ["--model", tmp_path, "--quantization", "q8_0", "--output_dir", tmp_path / "out"]
+    assert run_here("share.py", *words) == 2
+    assert "--quantization q8_0 is of a GGUF: add --hub_format gguf." in capfd.readouterr().err
 
 
 def test_a_model_that_has_no_plain_form_has_no_gguf(tmp_path):

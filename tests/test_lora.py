@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 from processes import digests, metrics, without_times
+from processes import run_here as run
 from safetensors.torch import load_file, save_file
-from test_recipes import RUSSIAN, run
+from test_recipes import RUSSIAN
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM

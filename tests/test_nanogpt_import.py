@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import run_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nanogpt_hf  # noqa: F401, registers the model
@@ -23,7 +24,6 @@ from nanogpt_hf.sharing.nanogpt_import import (
     read_plain_pickle,
 )
 
-ROOT = Path(__file__).parents[1]
 TEXT = (
     "Мой дядя самых честных правил, когда не в шутку занемог.\nTo be, or not to be: that is the question.\n"
     * 60
@@ -84,16 +84,6 @@ def forged(folder, bias=True, n_embd=64, prefix="", **changes):
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint | changes, folder / "ckpt.pt")
     return checkpoint
-
-
-def share(*words):
-    return subprocess.run(
-        [sys.executable, ROOT / "recipes/share.py", *map(str, words)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 # --- forged checkpoints ---
@@ -216,11 +206,11 @@ def test_where_the_characters_come_from(tmp_path, monkeypatch):
         find_characters(tmp_path / "out", checkpoint, None)
 
 
-def test_the_recipe_says_what_goes_together(tmp_path):
-    done = share("--from_nanogpt", tmp_path, "--hub_model_id", "a/b")
-    assert done.returncode == 2 and "--from_nanogpt goes with --output_dir alone" in done.stderr
-    done = share("--from_nanogpt", tmp_path, "--output_dir", tmp_path / "run")
-    assert done.returncode == 2 and "holds no ckpt.pt" in done.stderr
+def test_the_recipe_says_what_goes_together(tmp_path, capfd):
+    assert run_here("share.py", "--from_nanogpt", tmp_path, "--hub_model_id", "a/b") == 2
+    assert "--from_nanogpt goes with --output_dir alone" in capfd.readouterr().err
+    assert run_here("share.py", "--from_nanogpt", tmp_path, "--output_dir", tmp_path / "run") == 2
+    assert "holds no ckpt.pt" in capfd.readouterr().err
 
 
 # --- what nanoGPT itself trains ---
@@ -271,11 +261,11 @@ def load_nanogpt(out):
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_a_model_that_nanogpt_trained(kind, bias, tmp_path):
+def test_a_model_that_nanogpt_trained(kind, bias, tmp_path, capfd):
     out = train_nanogpt(tmp_path, kind, bias)
     words = ["--tokenizer", tmp_path / "tokenizer"] if kind == "bpe" else []
-    done = share("--from_nanogpt", out, "--output_dir", tmp_path / "run", *words)
-    assert (done.returncode, done.stderr) == (0, "")
+    status = run_here("share.py", "--from_nanogpt", out, "--output_dir", tmp_path / "run", *words)
+    assert (status, capfd.readouterr().err) == (0, "")
     theirs = load_nanogpt(out)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()

@@ -193,14 +193,11 @@ def test_the_peak_of_a_step_is_what_is_planned(
     assert sum(terms.values()) == pytest.approx(peak, rel=0.1)
 
 
-def test_on_a_gpu_logits_take_a_chunk_and_under_fsdp2_all_their_float32_copies():
+def test_on_a_gpu_logits_take_a_chunk():
     size = size_of("gpt2")
-    tokens = 64 * 1024
-    chunked, whole = (
-        step_memory(size, layout, 64)["logits"] for layout in (Layout(), Layout(dp_shard_size=2))
-    )
-    assert chunked == fused_loss.CHUNK_BYTES < 2 * tokens * 50257
-    assert whole == 3 * 4 * tokens * 50257
+    for layout in (Layout(), Layout(dp_shard_size=2)):
+        chunk = step_memory(size, layout, 64)["logits"]
+        assert chunk == fused_loss.CHUNK_BYTES < 2 * (64 * 1024) * 50257
     assert step_memory(size, Layout(), 2)["logits"] == 2 * (2 * 1024) * 50257
 
 

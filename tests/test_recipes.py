@@ -2,18 +2,17 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import ROOT, ring
+from processes import run_here as run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[1]
 TINY = (
     "--n_layer 2 --n_embd 32 --n_head 2 --n_positions 16 --per_device_train_batch_size 8 --max_steps 40 "
     "--eval_steps 20 --save_steps 20 --logging_steps 10 --use_cpu --sample_length 20"
@@ -22,19 +21,6 @@ RUSSIAN = (
     "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил и лучше выдумать не мог.\n"
     * 30
 )
-
-
-def run(recipe, *words):
-    """The recipe in this process, as a script; its exit status."""
-    before = sys.argv
-    sys.argv = [recipe, *map(str, words)]
-    try:
-        runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = before
-    return 0
 
 
 def launch(*words, **environment):
@@ -283,21 +269,10 @@ def test_one_and_two_processes_with_the_same_global_batch_give_the_same_losses(t
     losses = []
     for processes, batch in ((1, 8), (2, 4)):
         folder = tmp_path / f"run-{processes}"
-        done = launch(
-            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes),
-            *("recipes/pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, "--bf16", "false"),
-            *(
-                "--dropout",
-                "0",
-                "--per_device_train_batch_size",
-                batch,
-                "--max_steps",
-                10,
-                "--logging_steps",
-                1,
-            ),
-        )
-        assert done.returncode == 0, done.stderr.decode()
+        words = ["--corpus", text, "--output_dir", folder, *TINY, "--per_device_train_batch_size", batch]
+        words += "--bf16 false --dropout 0 --max_steps 10 --logging_steps 1".split()
+        runs = ring([words] * processes, tmp_path, recipe="pretrain_char.py")
+        assert [run.wait() for run in runs] == [0] * processes, runs[0].said()
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append(
             [row["train_loss"] for row in rows] + [row["eval_loss"] for row in rows if "eval_loss" in row]

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from processes import (
     digests,
     finished,
     metrics,
+    ring,
     train_here,
     training_words,
     without_times,
@@ -118,14 +118,10 @@ def test_best_so_far_and_early_stopping_count_go_on(corpus, tmp_path):
 
 
 def test_two_processes_then_one_with_another_micro_batch(corpus, tmp_path):
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        port = any_port.getsockname()[1]
     both, parts = tmp_path / "both", tmp_path / "parts"
     same = "--dropout 0 --bf16 false --logging_steps 1 --max_steps 20 --save_total_limit 9".split()
-    ring = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     words = training_words(both, corpus, *same, "--per_device_train_batch_size", "6")
-    runs = [Run(words, log=tmp_path / f"{n}.log", RANK=str(n), LOCAL_RANK=str(n), **ring) for n in range(2)]
+    runs = ring([words] * 2, tmp_path)
     assert [run.wait() for run in runs] == [0, 0], runs[0].said() + runs[1].said()
     shutil.copytree(both, parts)
     drop_after(parts, 10)
@@ -275,28 +271,8 @@ def test_run_yaml_repeats_the_run(corpus, short_run, tmp_path):
 
 
 def test_processes_that_read_different_texts_do_not_train(corpus, tmp_path):
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        ring = dict(
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(any_port.getsockname()[1]),
-        )
-    texts = [
-        corpus,
-        write_corpus(tmp_path, "The corpus has been changed while the processes were starting. " * 60),
-    ]
-    runs = [
-        Run(
-            training_words(tmp_path / "run", text),
-            log=tmp_path / f"{n}.log",
-            RANK=str(n),
-            LOCAL_RANK=str(n),
-            **ring,
-        )
-        for n, text in enumerate(texts)
-    ]
+    changed = write_corpus(tmp_path, "The corpus has been changed while the processes were starting. " * 60)
+    runs = ring([training_words(tmp_path / "run", text) for text in (corpus, changed)], tmp_path)
     assert [run.wait() for run in runs] == [2, 2]
     assert "have read different texts" in runs[0].said() and not (tmp_path / "run").exists()
 

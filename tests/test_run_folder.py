@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -17,9 +16,18 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from processes import ROOT, Run, digests, finished, metrics, training_words, without_times, write_corpus
+from processes import (
+    ROOT,
+    Run,
+    digests,
+    finished,
+    metrics,
+    run_here,
+    training_words,
+    without_times,
+    write_corpus,
+)
 from safetensors.torch import load_file, save_file
-from test_recipes import run as run_here
 
 from nanogpt_hf.common import files
 from nanogpt_hf.common.files import MANIFEST, delete_left_overs, files_written_whole
@@ -110,13 +118,13 @@ def state_of_the_top(folder: Path) -> tuple[int, float | None]:
 
 def test_of_two_starts_at_once_one_runs_and_the_other_is_told(corpus, tmp_path):
     folder = tmp_path / "run"
-    rare = ("--logging_steps", "100", "--eval_steps", "600", "--save_steps", "600")
-    words = training_words(folder, corpus, "--max_steps", "600", *rare)
+    rare = ("--logging_steps", "100", "--eval_steps", "300", "--save_steps", "300")
+    words = training_words(folder, corpus, "--max_steps", "300", *rare)
     runs = [Run(words, log=tmp_path / f"{n}.log", **PRETRAIN) for n in range(2)]
     refused, ran = sorted(runs, key=lambda run: run.wait() == 0)
     said = one_sentence(refused)
     assert f"{folder} is being written by process {ran.process.pid} of " in said
-    assert ran.wait() == 0 and [row["step"] for row in metrics(folder)] == list(range(100, 601, 100))
+    assert ran.wait() == 0 and [row["step"] for row in metrics(folder)] == [100, 200, 300]
 
 
 def test_going_on_beside_a_live_run_leaves_it_alone(corpus, tmp_path):
@@ -381,32 +389,27 @@ def test_a_hangup_that_was_ignored_stays_ignored(corpus, tmp_path):
 def test_a_terminal_that_is_closed(corpus, tmp_path):
     """The run's output is a terminal that goes away: it stops with a checkpoint all the same."""
     folder = tmp_path / "run"
-    child, terminal = pty.fork()
-    if child == 0:  # a session of its own, whose terminal this is
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        words = training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "50000")
-        os.execve(
-            sys.executable, [sys.executable, str(ROOT / "recipes" / "pretrain_char.py"), *words], environment
-        )
-    ended = (0, 0)
-    try:
-        threading.Thread(target=read_until_closed, args=(terminal,), daemon=True).start()
-        while not list(folder.glob("checkpoints/step-*")):
-            assert os.waitpid(child, os.WNOHANG) == (0, 0)
-            time.sleep(0.01)
-        os.kill(child, signal.SIGHUP)  # what the kernel does to whoever has the terminal
-        os.close(terminal)
-        end = time.monotonic() + 60
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        assert os.waitstatus_to_exitcode(ended[1]) == 129
-    finally:
-        if ended == (0, 0):
-            os.kill(child, signal.SIGKILL)
+    terminal, its_end = pty.openpty()
+    words = training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "50000")
+    run = Run(words, prepare=(take_terminal, os.ttyname(its_end)), **PRETRAIN)
+    threading.Thread(target=read_until_closed, args=(terminal,), daemon=True).start()
+    run.wait_for(folder / "checkpoints" / "step-5")
+    os.close(its_end)
+    run.signal(signal.SIGHUP)  # what the kernel does to whoever has the terminal
+    os.close(terminal)
+    assert run.wait() == 129
     newest = max(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
     assert metrics(folder)[-1]["step"] <= newest < 100000
+
+
+def take_terminal(name: str) -> None:
+    """A session of its own, whose terminal this is."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(terminal, stream)
+    sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
 
 
 def read_until_closed(terminal: int) -> None:

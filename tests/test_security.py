@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from processes import ROOT, TEXT, Run, digests, finished, train_here, training_words, write_corpus
+from transformers import hf_argparser
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.cli import parse
@@ -67,6 +68,7 @@ def test_an_interrupt_during_the_imports_is_answered(tmp_path, recipe, library):
     (tmp_path / library).mkdir()
     raises = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     (tmp_path / library / "__init__.py").write_text(raises)
+    shutil.copy(hf_argparser.__file__, tmp_path / library)  # which is read without the package
     words = (
         [sys.executable, ROOT / "recipes" / f"{recipe}.py", "--model", tmp_path]
         if recipe != "pretrain_char"

@@ -201,15 +201,11 @@ def activation_bytes(
     return kept
 
 
-def logits_bytes(config: NanoGPTConfig, tokens: float, fused: bool = True, device: str = "cuda") -> float:
-    """What logits and cross-entropy hold at their peak.
+def logits_bytes(config: NanoGPTConfig, tokens: float, device: str = "cuda") -> float:
+    """What logits and cross-entropy, fused with the head, hold at their peak.
 
-    Fused with the head: one chunk of bfloat16 logits, which become their gradient in place; CPU only: beside two
-    float32 copies. Otherwise, in the backward pass: log-probabilities, their gradient and that of the logits, all
-    float32.
+    One chunk of bfloat16 logits, which become their gradient in place; CPU only: beside two float32 copies.
     """
-    if not fused:
-        return 3 * 4 * config.vocab_size * tokens
     chunk = min(2 * config.vocab_size * tokens, fused_loss.CHUNK_BYTES)
     return chunk * (5 if device == "cpu" else 1)
 
@@ -271,11 +267,9 @@ def step_memory(
     # FSDP2's whole ones, in bfloat16 and in float32 to be reduced: a block's or the root's, beside another block's.
     reducing = 4 * block + 6 * max(block, root) if fsdp else 0
 
-    if fsdp:  # the head is called as a module (stepping.keeps_logits)
-        loss = (gathered, begun, kept, logits_bytes(config, tokens, fused=False))
-    else:  # the head's copy, its gradient in float32 and a chunk's part of it, the gradient of ln_f's output
-        head, logits = size.embedding, logits_bytes(config, tokens, device=device)
-        loss = (gathered + 2 * head, begun + 6 * head, kept + 2 * C * tokens, logits)
+    # The head's copy, its gradient in float32 and a chunk's part of it, the gradient of ln_f's output.
+    head, logits = size.embedding, logits_bytes(config, tokens, device=device)
+    loss = (gathered + 2 * head, begun + 6 * head, kept + 2 * C * tokens, logits)
     last = (gathered, begun + from_head + reducing, kept + again + in_block, 0)
     left = 2 * root if fsdp else 0
     first = (left + 2 * block, complete - 4 * block / layout.shards + reducing, one_block + in_block, 0)

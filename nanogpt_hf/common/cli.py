@@ -1,6 +1,8 @@
-"""The command line of every recipe, and how a recipe answers what goes wrong. Nothing here imports torch."""
+"""The command line of every recipe, and how a recipe answers what goes wrong: at once, so that neither torch nor
+transformers, which take seconds, is imported before."""
 
 import errno
+import importlib.util
 import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -9,17 +11,24 @@ from dataclasses import Field, field, fields, make_dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+import wrapt
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
-from transformers.utils import logging as transformers_logging
 
 from .errors import UserError
 from .first_seconds import leave_interrupts
 from .settings import RunSettings, Settings
 from .text import nearest, printable, without_token
+
+if TYPE_CHECKING:
+    from transformers.hf_argparser import HfArgumentParser, string_to_bool
+else:  # this module alone, without the package that it lies in
+    _package = Path(importlib.util.find_spec("transformers").origin).parent
+    _spec = importlib.util.spec_from_file_location("transformers.hf_argparser", _package / "hf_argparser.py")
+    _module = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_module)
+    HfArgumentParser, string_to_bool = _module.HfArgumentParser, _module.string_to_bool
 
 S = TypeVar("S", bound=Settings)
 Values = Mapping[str, Any]
@@ -346,7 +355,7 @@ def run_recipe(main: Callable[[], object]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a model's Cyrillic prints under any locale
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    transformers_logging.disable_progress_bar()
+    wrapt.when_imported("transformers.utils.logging")(lambda logging: logging.disable_progress_bar())
     try:
         main()
     except (UserError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:

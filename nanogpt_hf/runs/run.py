@@ -138,7 +138,8 @@ def make_ready(settings: RunSettings, model: PreTrainedModel) -> None:
     """
     if settings.push_to_hub or getattr(settings, "merge", False):
         choose_format(model.config, settings.hub_format)
-    # Without a limit of its own a pipeline's default runs past the context.
+    # Without a limit a pipeline's 256 new tokens run past the context. transformers warns of it beside max_new_tokens=, but
+    # max_new_tokens here would bound no prompt and overrule a caller's max_length=.
     model.generation_config.max_length = context_length(model)
     with suppress(ValueError):  # of a base whose class has its own attention only, or none
         model.set_attn_implementation(settings.attn_implementation)

@@ -107,7 +107,7 @@ def export(
         return format
     generation = copy.deepcopy(model.generation_config)
     generation._from_model_config = False
-    generation.max_length = model.config.n_positions  # or a pipeline's default runs past the context
+    generation.max_length = model.config.n_positions  # as runs.run.make_ready does, and why
     plain = model if format == "nanogpt" else to_plain(model)
     plain.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):

@@ -127,39 +127,30 @@ def next_token_loss(
         inputs: of the model's forward.
     """
     lm = causal_lm(accelerator.unwrap_model(model))
-    head = None if keeps_logits(accelerator) else plain_head(lm)
+    # In float16 the gradient of one token's loss is too small before it is scaled up.
+    head = plain_head(lm) if accelerator.scaler is None else None
     if head is None:
         logits = model(**inputs, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / num_items
-    with hidden_states_instead_of_logits(lm) as taken:
-        model(**inputs, use_cache=False)
-    with accelerator.autocast():
-        return linear_cross_entropy(taken.hidden_states, head.weight, targets, num_items)
-
-
-class _TakesHiddenStates(nn.Module):
-    """Stands in the head's place and keeps what would be multiplied with the head (B T C)."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.hidden_states: torch.Tensor | None = None
-        self.__dict__["weight"] = head.weight  # Mamba asks for its dtype; no parameter of this module's own
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        self.hidden_states = hidden_states
-        return hidden_states[..., :0]  # nothing that a wrapper would cast or copy
+    with head_gives_loss(head, targets, num_items):
+        return model(**inputs, use_cache=False).logits
 
 
 @contextmanager
-def hidden_states_instead_of_logits(lm: nn.Module) -> Iterator[_TakesHiddenStates]:
-    """A context in which a causal language model gives its last hidden states to what is entered, and no logits."""
-    head = lm.get_output_embeddings()
-    stand_in = _TakesHiddenStates(head)
-    lm.set_output_embeddings(stand_in)
+def head_gives_loss(head: nn.Module, targets: torch.Tensor, num_items: torch.Tensor) -> Iterator[None]:
+    """A context in which a head answers hidden states (B T C) with the loss instead of logits.
+
+    It is called as the module that it is, so that FSDP2's hooks gather its weight and reduce its gradient.
+    """
+
+    def loss(hidden_states: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(hidden_states, head.weight, targets, num_items)
+
+    head.forward = loss
     try:
-        yield stand_in
+        yield
     finally:
-        lm.set_output_embeddings(head)
+        del head.forward
 
 
 def plain_head(lm: nn.Module) -> nn.Module | None:
@@ -174,12 +165,6 @@ def plain_head(lm: nn.Module) -> nn.Module | None:
     )
     plain = getattr(head, "bias", None) is None and not hasattr(head, "lora_A")
     return head if plain and not changed else None
-
-
-def keeps_logits(accelerator: Accelerator) -> bool:
-    """Whether the head has to be called as a module: FSDP2 gathers its weights then. And in float16 the gradient
-    of one token's loss is too small before it is scaled up."""
-    return accelerator.is_fsdp2 or accelerator.scaler is not None
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +14,8 @@ from ..common.errors import UserError
 from ..common.settings import RunSettings
 from ..model.modeling_nanogpt import NanoGPTAttention, NanoGPTMLP
 from .hardware import has_fast_bf16
+from .sharding import AdamW, local
+from .sharing_out import SharedOut
 
 # Of x, x^3 and x^5 in each step: those of Polar Express (Amsel, Persson, Musco and Gower 2025) for singular values
 # from 0.001 to 1, each the best polynomial for what the steps before it leave; their margin for bfloat16 is in them.
@@ -146,35 +147,36 @@ class Muon(torch.optim.Optimizer):
         parameters, layouts = zip(*moving, strict=True)
         for parameter in parameters:
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        gradients = [parameter.grad for parameter in parameters]
+        momenta = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [local(parameter.grad) for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_([local(p) for p in parameters], 1 - group["lr"] * group["weight_decay"])
 
-        moved = [torch.zeros(p.shape, device=p.device) if isinstance(p, DTensor) else p for p in parameters]
+        of_one_shape = defaultdict(list)
+        for parameter, direction, layout in zip(parameters, directions, layouts, strict=True):
+            of_one_shape[parameter.shape].append((parameter, direction, layout))
+        shares = []
         batches = defaultdict(list)
-        for direction, weight, layout in zip(directions, moved, layouts, strict=True):
-            if isinstance(direction, DTensor):
-                direction = direction.to(self.dtype).full_tensor()
-            for pair in zip(layout.matrices(direction), layout.matrices(weight), strict=True):
-                shape = pair[0].shape
-                batches[shape, layout.scale(*shape)].append(pair)
+        for members in of_one_shape.values():
+            weights, tensors, layouts = zip(*members, strict=True)
+            share = SharedOut(weights, tensors, self.dtype)
+            shares.append(share)
+            for direction, change, layout in zip(
+                share.whole, share.changes, layouts[share.mine], strict=True
+            ):
+                for pair in zip(layout.matrices(direction), layout.matrices(change), strict=True):
+                    shape = pair[0].shape
+                    batches[shape, layout.scale(*shape)].append(pair)
         for (shape, scale), pairs in batches.items():
             updates = torch.empty(len(pairs), *shape, dtype=self.dtype, device=pairs[0][0].device)
             torch._foreach_copy_(updates.unbind(), [direction for direction, _ in pairs])
             updates = orthogonalize(updates).mul_(scale * group["lr"])  # lr: a tensor in a CUDA graph
-            for (_, weight), update in zip(pairs, updates, strict=True):
-                weight.sub_(update)
-        for parameter, change in zip(parameters, moved, strict=True):
-            if isinstance(parameter, DTensor):
-                parameter.add_(_sharded_as(change, parameter))
+            for (_, change), update in zip(pairs, updates, strict=True):
+                change.sub_(update)
+        for share in shares:
+            share.add_changes()
         return loss
-
-
-def _sharded_as(matrix: torch.Tensor, parameter: DTensor) -> DTensor:
-    """This process's part of a matrix that every process has, laid out as the parameter is."""
-    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def make_optimizers(model: PreTrainedModel, settings: RunSettings) -> list[torch.optim.Optimizer]:
@@ -200,7 +202,7 @@ def make_optimizers(model: PreTrainedModel, settings: RunSettings) -> list[torch
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:  # an adapter may be matrices for Muon alone
-        adamw = torch.optim.AdamW(
+        adamw = AdamW(
             groups,
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),

@@ -22,6 +22,7 @@ from ..data.token_stream import mix
 from .objectives import Batch, Objective, causal_lm
 from .optimization import make_capturable, set_learning_rates
 from .reporting import say
+from .sharding import clip_sharded_grad_norm_, prefetch_blocks
 
 STEPS_BEFORE_CAPTURE = 3  # ordinary steps in which kernels are compiled and optimiser states made
 MOST_TO_CAPTURE = (
@@ -57,6 +58,7 @@ class Stepper:
         self.graph: CapturedStep | None = None
         self.compiled: list[torch.nn.Module] = []
         self.steps_before_capture = STEPS_BEFORE_CAPTURE if self._may_capture() else -1
+        prefetch_blocks(model, blocks_of(accelerator.unwrap_model(model)))
         with fastest_attention(accelerator.device):
             self._compile()
 
@@ -98,7 +100,8 @@ class Stepper:
 
     def _update(self) -> torch.Tensor:
         limit = self.settings.max_grad_norm or float("inf")
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        clip = clip_sharded_grad_norm_ if self.accelerator.is_fsdp2 else self.accelerator.clip_grad_norm_
+        grad_norm = clip(self.model.parameters(), limit)
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.zero_grad()
@@ -112,12 +115,7 @@ class Stepper:
         wanted = self.settings.torch_compile
         if not (self.accelerator.device.type == "cuda" if wanted is None else wanted):
             return
-        lm = causal_lm(self.accelerator.unwrap_model(self.model))
-        self.compiled = [
-            module
-            for module in lm.modules()
-            if type(module).__name__.removeprefix("FSDP") in lm._no_split_modules
-        ]
+        self.compiled = blocks_of(self.accelerator.unwrap_model(self.model))
         batch = self.objective.batch(0, self.rows[: self.micro_batch])
         try:
             for block in self.compiled:
@@ -177,6 +175,13 @@ class CapturedStep:
             mine.copy_(given)
         self.graph.replay()
         return tuple(result.clone() for result in self.results)
+
+
+def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that a model names as its blocks, in their order."""
+    lm = causal_lm(model)
+    names = lm._no_split_modules or ()
+    return [module for module in lm.modules() if type(module).__name__.removeprefix("FSDP") in names]
 
 
 def fastest_attention(device: torch.device) -> AbstractContextManager:
