@@ -156,10 +156,11 @@ class GroupRelativePolicy(Objective):
             means = np.where(there, groups, 0).sum(1, keepdims=True) / there.sum(1, keepdims=True).clip(1)
             better = np.where(there, groups - means, 0).reshape(B, K)
             spread = np.sqrt((better**2).sum() / max(1, there.sum()))
-            better *= self.rewards.weights[name] / sum(self.rewards.weights.values()) / max(spread, LEAST_SPREAD)
+            better *= self.rewards.weights[name] / max(spread, LEAST_SPREAD)
             part = np.take_along_axis(better, written.lines.clip(max=K - 1), axis=1)
             total += part * written.closing if name == "rhyme" and last else part
-        return total
+        counts = np.arange(total.shape[1]) < written.lengths[:, None]
+        return total / max(1e-6, np.sqrt((total[counts] ** 2).mean()))
 
     def _windows(self, written: Written, advantages: np.ndarray, P: int) -> Batch:
         """The texts as the decoder read them: a full context is halved, and its later half begins the next window.
@@ -208,16 +209,18 @@ class GroupRelativePolicy(Objective):
         return (batch[1] != -100).sum()
 
     def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> torch.Tensor:
-        inputs, targets, advantages, at_start, text, next_tokens = batch
+        inputs, targets, advantages, at_start, text, _ = batch
         logits = model(input_ids=torch.cat((inputs, text)), use_cache=False).logits
         written, on_text = logits.split((len(inputs), len(text)))
         log_p = self._log_p(written, targets)
         away = at_start - log_p
         divergence = away.exp() - away - 1
         policy = (self.beta * divergence - advantages * log_p).sum() / num_items
-        nats = F.cross_entropy(on_text.flatten(0, 1).float(), next_tokens.flatten(), reduction="sum")
-        windows = self.batch_size // TEXT_EVERY
-        return policy + self.text_coef * nats / (windows * next_tokens.shape[1])
+        with torch.no_grad(), self.accelerator.autocast():
+            before = self.start(input_ids=text, use_cache=False).logits
+        log_p, log_p_before = (part.float().log_softmax(-1) for part in (on_text, before))
+        forgotten = F.kl_div(log_p, log_p_before, reduction="sum", log_target=True)
+        return policy + self.text_coef * forgotten / (self.batch_size // TEXT_EVERY * text.shape[1])
 
     def measured(self) -> dict[str, float]:
         return self.newest

@@ -25,7 +25,6 @@ from .scansion import Form, is_verse, scan
 
 OF_FORM = ("metre", "rhyme", "lines")  # what a form says of a text
 GUARDS = ("originality", "variety", "spelling")
-UNREAD = "ъ"  # stands for a line with made-up words: no form wants it, and no dictionary is asked about it
 Reward = Callable[
     [Sequence[str]], list[np.ndarray]
 ]  # of texts: a number for each line (split at newlines) of each
@@ -219,8 +218,7 @@ class Rewards:
     """Several rewards as one: their mean by weight, times each of the guards.
 
     weights: name -> weight; metre, rhyme, lines, or a function of a text as module:function.
-    guards: of `GUARDS`. What they give 0, as originality a copy, is worth 0, however good it is otherwise. With spelling a
-        line with a made-up word is not scanned: it has neither metre nor rhyme, and guessing its stress takes long.
+    guards: of `GUARDS`. What they give 0, as originality a copy, is worth 0, however good it is otherwise.
     processes: that scan; 0 is this one.
 
     Raises UserError for an unknown name, or for weights that are not above 0.
@@ -256,11 +254,6 @@ class Rewards:
     def by_name(self, texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
         """What each reward gives each line of each text."""
         found = {name: reward(texts) for name, reward in self.others.items()}
-        if "spelling" in found:
-            texts = [
-                "\n".join(np.where(known == 1, text.split("\n"), UNREAD))
-                for text, known in zip(texts, found["spelling"], strict=True)
-            ]
         if {"metre", "rhyme"} & self.weights.keys():
             found |= dict(zip(Scanned._fields, map(list, zip(*self.scan(texts), strict=True)), strict=True))
         return found
