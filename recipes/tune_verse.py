@@ -18,20 +18,25 @@ from nanogpt_hf.runs.command_line import preset_here, read_settings
 
 DEFAULTS = {
     "cpu": dict(
-        per_device_train_batch_size=128,
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=1,
         lines=4,
         max_steps=200,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
+        text_coef=0.1,
         eval_texts=32,
-        eval_steps=50,
+        eval_steps=40,
+        save_steps=200,
     ),
     "gpu": {},
 }
+WEIGHTS = {"cpu": [1, 1, 0.25], "gpu": [1, 2, 0.5]}
 
 
 def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
-    weights = {} if said.get("reward") else {"reward_weights": [1, 2, 0.5]}  # rhyme is rare at first
-    return weights | DEFAULTS[preset_here(said, "cpu", "gpu")]
+    preset = preset_here(said, "cpu", "gpu")
+    weights = {} if said.get("reward") else {"reward_weights": WEIGHTS[preset]}
+    return weights | DEFAULTS[preset]
 
 
 def main() -> None:

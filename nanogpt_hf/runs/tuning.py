@@ -191,11 +191,6 @@ def rewards_objective(
     write = StanzaWriter.like(first.stanzas, tokenizer, lines, settings.temperature)
     longest = max(len(write.encode(line)) for line in first.to_learn + first.held_out) + write.max_new_tokens
     T = min(settings.n_positions, -(-longest // 64) * 64)  # no window is longer than the texts are
-    import os
-    ids = corpus.ids("train", tokenizer)
-    if os.environ.get("TEXT") == "stanzas":
-        from ..data.tokenization import encode
-        ids = np.concatenate([encode(tokenizer, "\n\n" + s) for s in first.stanzas])
     return GroupRelativePolicy(
         accelerator,
         model,
@@ -203,7 +198,7 @@ def rewards_objective(
         rewards,
         first.to_learn,
         first.held_out,
-        TokenStream(ids, T, accelerator.device, corpus.name),
+        TokenStream(corpus.ids("train", tokenizer), T, accelerator.device, corpus.name),
         validation_stream(tokenizer, corpus, settings.n_positions, accelerator.device),
         corpus.characters("validation"),
         batch_size=global_batch_size(settings, accelerator),

@@ -3,10 +3,15 @@
 Group relative policy optimisation (Shao et al. 2024, DeepSeekMath, section 4): of several texts for one prompt, each
 is judged by how much better it is than the others, so that no second network has to guess what a prompt is worth.
 Here a token has the advantage of its line (their process supervision, without the sum over later steps: a line's
-metre owes nothing to the lines after it). A batch is used for one update, where the clipped ratio of their formula is
-1 and its gradient that of advantage * log p. The divergence from the model at the start is a penalty in the loss, by
-their estimator exp(d) - d - 1 with d = log p_start - log p. Beside it stands the loss on the text that the base was
-trained on, which holds its knowledge of the language (Ouyang et al. 2022, InstructGPT: PPO-ptx).
+metre owes nothing to the lines after it), and what the last word of a line decides is the advantage of that word. A
+batch is used for one update, where the clipped ratio of their formula is 1 and its gradient that of advantage * log p.
+The divergence from the model at the start is a penalty in the loss, by their estimator exp(d) - d - 1 with
+d = log p_start - log p.
+
+Beside it stands what the model has forgotten of the text that the base was trained on: the Kullback-Leibler divergence
+of the start from it on windows of that text. The plain loss on the text (Ouyang et al. 2022, InstructGPT: PPO-ptx) does
+harm where the text is small and has been read many times: the model learns it by heart, and its validation loss rose
+from 1.80 to 2.07 nats in 66 steps.
 
 Why our own loop, and not TRL's GRPOTrainer with its rollout hook: writing is most of the time, and our decoder, which
 its hook can be given too, writes 30 to 100 times faster than generate; but the hook does not know of lines, and
@@ -30,7 +35,7 @@ from transformers import PreTrainedModel
 from ..data.token_stream import TokenStream, mix, permute
 from ..generation.stanza_writer import StanzaWriter, Written
 from ..model.loading import context_length
-from ..verse.rewards import Rewards
+from ..verse.rewards import OF_LAST_WORD, Rewards
 from .evaluation import evaluate_split
 from .objectives import Batch, Objective
 
@@ -61,7 +66,7 @@ class GroupRelativePolicy(Objective):
         train, validation: the text that the base was trained on.
         batch_size: texts of the global batch.
         group: texts for one prompt.
-        beta: weight of the divergence from the start. text_coef: weight of the loss on the text.
+        beta: weight of the divergence from the start. text_coef: weight of what is forgotten of the text.
     """
 
     def __init__(
@@ -141,11 +146,9 @@ class GroupRelativePolicy(Objective):
         """Of each new token (B N): what its line is worth more than the same line of the prompt's other texts.
 
         Each reward is measured in its own spread over the batch, so that a rare one is heard beside a common one
-        (Liu et al. 2026, GDPO).
+        (Liu et al. 2026, GDPO, who take the spread of each group).
         """
         B, K = len(written.texts), self.write.lines
-        import os
-        last = os.environ.get("LASTWORD")
         total = np.zeros(written.lines.shape)
         for name, lines in given.items():
             worth = np.full((B, K), np.nan)
@@ -158,7 +161,7 @@ class GroupRelativePolicy(Objective):
             spread = np.sqrt((better**2).sum() / max(1, there.sum()))
             better *= self.rewards.weights[name] / max(spread, LEAST_SPREAD)
             part = np.take_along_axis(better, written.lines.clip(max=K - 1), axis=1)
-            total += part * written.closing if name == "rhyme" and last else part
+            total += part * written.closing if name in OF_LAST_WORD else part
         counts = np.arange(total.shape[1]) < written.lengths[:, None]
         return total / max(1e-6, np.sqrt((total[counts] ** 2).mean()))
 

@@ -24,6 +24,7 @@ from ..common.text import nearest
 from .scansion import Form, is_verse, scan
 
 OF_FORM = ("metre", "rhyme", "lines")  # what a form says of a text
+OF_LAST_WORD = ("rhyme",)  # what the last word of a line decides
 GUARDS = ("originality", "variety", "spelling")
 Reward = Callable[
     [Sequence[str]], list[np.ndarray]
@@ -93,7 +94,7 @@ def line_count(form: Form) -> Reward:
     return of_each_text(worth)
 
 
-def originality(training_texts: Sequence[str], window: int = int(os.environ.get('ORIG','20'))) -> Reward:
+def originality(training_texts: Sequence[str], window: int = 14) -> Reward:
     """1 - the share of a line's characters, its newline among them, that end so many characters copied in one piece.
 
     Raises:
