@@ -31,7 +31,8 @@ class RewardGroup(Settings):
     reward_weights: list[float] = setting([], "their weights, in the same order; default: all the same")
     guards: list[str] = setting(
         ["originality", "variety", "spelling"],
-        "what a line's worth is multiplied with: against copies, repetition and words that are made up",
+        "what a line's worth is multiplied with: against copies, repetition, words that are made up and, with stresses, "
+        "lines of short words, which are in any metre",
     )
     form: Literal["onegin", "sonnet"] = setting("onegin", "what the poems are to be")
     foot: str | None = setting(None, "iamb, trochee, dactyl, amphibrach or anapaest instead of the form's")

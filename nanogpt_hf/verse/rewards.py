@@ -21,11 +21,11 @@ import torch
 
 from ..common.errors import UserError
 from ..common.text import nearest
-from .scansion import Form, is_verse, scan
+from .scansion import LANGUAGES, Form, is_verse, scan
 
 OF_FORM = ("metre", "rhyme", "lines")  # what a form says of a text
 OF_LAST_WORD = ("rhyme",)  # what the last word of a line decides
-GUARDS = ("originality", "variety", "spelling")
+GUARDS = ("originality", "variety", "spelling", "stresses")
 Reward = Callable[
     [Sequence[str]], list[np.ndarray]
 ]  # of texts: a number for each line (split at newlines) of each
@@ -165,6 +165,19 @@ def spelling(training_texts: Sequence[str]) -> Reward:
     return lambda texts: [np.array([share(line) for line in text.split("\n")]) for text in texts]
 
 
+def stresses(form: Form) -> Reward:
+    """1 for a line with two words of several vowels or more, 1/2 with one, 0 with none.
+
+    Words of one syllable fit either place of a foot, so that a line of them alone is in any metre.
+    """
+    vowel = LANGUAGES[form.language].VOWELS
+
+    def worth(line: str) -> float:
+        return min(2, sum(len(re.findall(vowel, word)) > 1 for word in words_of(line))) / 2
+
+    return lambda texts: [np.array([worth(line) for line in text.split("\n")]) for text in texts]
+
+
 def of_each_text(function: Callable[[str], float]) -> Reward:
     """A function of one text as a reward of each of its lines.
 
@@ -251,6 +264,8 @@ class Rewards:
             self.others["variety"] = variety
         if "spelling" in self.guards:
             self.others["spelling"] = spelling(self.training_texts)
+        if "stresses" in self.guards:
+            self.others["stresses"] = stresses(self.form)
 
     def by_name(self, texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
         """What each reward gives each line of each text."""
