@@ -368,6 +368,11 @@ class Letters:
             ]
         }
 
+    weights = {"a": 1}
+
+    def guarded(self, given):
+        return given
+
     def combined(self, given):
         return given["a"]
 
@@ -442,6 +447,47 @@ def test_divergence_is_nothing_at_the_start_and_grows(tokenizer):
     with torch.no_grad():
         model.transformer.wte.weight += 0.05 * torch.randn_like(model.transformer.wte.weight)
     assert objective.loss(model, flat, objective.count(batch)) > 1e-3
+
+
+def test_the_last_word_of_a_line_ends_it(tokenizer):
+    write = StanzaWriter(tokenizer, 9, 40, 1.0)
+    text = "is it one, two\nthree.\n\n"
+    marks = write._closing(np.array([tokenizer(text).input_ids]))[0]
+    assert "".join(sign for sign, closing in zip(text, marks, strict=True) if closing) == " two\nthree.\n\n"
+
+
+def test_a_rare_reward_is_heard_beside_a_common_one(tokenizer):
+    """Against the same line of the other texts, each reward in its own spread; what ends a line is its last word's."""
+    objective = rewards_objective(tokenizer, make(tokenizer), lines=3)
+    written = objective.write(objective.model, np.repeat(objective.choose(0, 2), 8, axis=0), 1)
+    lines = np.tile(np.arange(written.lines.shape[1]) % 2 + 1, (16, 1))
+    closing = np.arange(lines.shape[1]) >= 2
+    written = written._replace(
+        lines=lines, closing=np.tile(closing, (16, 1)), lengths=np.full(16, lines.shape[1])
+    )
+    common = [np.array([9.0, row % 2, 0.5]) for row in range(16)]
+    rare = [np.array([9.0, 0.0, float(row == 3)]) for row in range(16)]
+    objective.rewards.weights = {"metre": 1.0, "rhyme": 1.0}
+    found = objective._advantages(written, {"metre": common, "rhyme": rare})
+    assert (found[:, 0] > 0).tolist() == [row % 2 == 1 for row in range(16)]
+    assert np.abs(found[:, 1]).max() == 0  # nobody's second line is in metre, and its last word has not begun
+    assert found[3, 3] > 3 * found[1, 0] > 0 and (found[[0, 1, 2], 3] < 0).all()
+    assert np.abs(found[8:, 3]).max() == 0  # the other prompt's texts do not rhyme at all
+    assert (found**2).mean() == pytest.approx(1)
+
+
+def test_what_is_forgotten_is_the_divergence_of_the_start(tokenizer):
+    model = make(tokenizer).eval()
+    objective = rewards_objective(tokenizer, model, text_coef=2.0)
+    batch = objective.batch(0, np.arange(16))
+    flat = (*batch[:2], torch.zeros_like(batch[2]), *batch[3:])
+    before = model(input_ids=batch[4]).logits.log_softmax(-1).detach()
+    with torch.no_grad():
+        model.transformer.wte.weight += 0.05 * torch.randn_like(model.transformer.wte.weight)
+    after = model(input_ids=batch[4]).logits.log_softmax(-1)
+    divergence = (before.exp() * (before - after)).sum(-1).mean()
+    assert divergence > 1e-3
+    torch.testing.assert_close(objective.loss(model, flat, objective.count(batch)), 2 * divergence)
 
 
 def test_what_is_rewarded_becomes_likelier(tokenizer):

@@ -399,7 +399,7 @@ class TestScan:
     def test_a_sonnet_of_shakespeare(self):
         pytest.importorskip("pronouncing")
         couplet = (
-            "So long as men can breathe, or eyes can see,\nSo long lives this, and this gives life to thee."
+            "So long as men can sing, or eyes can see,\nSo long lives this, and this gives life to thee."
         )
         poem = scan([couplet], Form("en", FORMS["sonnet"].metre, Scheme("GG")))[0]
         assert poem.metre_share == poem.rhyme_share == 1
@@ -418,7 +418,8 @@ class TestRewards:
         for name in rewards.OF_FORM:
             reward = rewards.Rewards(form, {name: 1}, guards=())
             values = [lines.mean() for lines in reward.combined(reward.by_name([STANZA, PROSE, ""]))]
-            assert values[0] == 1 and 0 <= values[1] < 1 and values[2] == 0
+            best = 0.5 if name == "rhyme" else 1  # two of four lines answer
+            assert values[0] == best and 0 <= values[1] < best and values[2] == 0
         twice, prose, mixed = rewards.line_count(form)(["\n".join([STANZA] * 2), PROSE, f"{STANZA}\n\n…"])
         assert [*twice] == [0] * 8 and [*prose] == [0.5] * 2 and [*mixed] == [1] * 6
         assert [*rewards.scan_lines([f"{STANZA}\n{PROSE}"], form)[0].metre] == [1, 1, 1, 1, 0, 0]
@@ -427,7 +428,7 @@ class TestRewards:
         pytest.importorskip("silero_stress")
         alike = "ночь моя\nдочь моя\nпрочь моя\nточь моя".replace(" моя", "")
         scanned = rewards.scan_lines([alike], Form(scheme=Scheme("aabb")))[0]
-        assert [*scanned.rhyme] == [0.5] * 4
+        assert [*scanned.rhyme] == [0, 0.5, 0, 0.5]
 
     def test_repetition_is_worth_less(self):
         texts = ["a b c d", "a e a e", "f f f f f", "a", ""]
@@ -436,6 +437,15 @@ class TestRewards:
         counted = metrics.load("distinct_n").compute(predictions=["a e a e"], n=2)["distinct_n"]
         assert two == counted
         assert rewards.variety(["buried"])[0] == 1 and rewards.variety(["buried buried"])[0] == 1 / 2
+
+    def test_a_line_of_short_words_is_worth_nothing(self):
+        """It would be in any metre."""
+        (lines,) = rewards.stresses(Form())(["Он мил, но лир и пир\nМой дядя\nМой дядя самых честных\n"])
+        assert [*lines] == [0, 0.5, 1, 0]
+        (lines,) = rewards.stresses(FORMS["sonnet"])(
+            ["So long as men can sing\nOr gracious\nMy lovely mistress"]
+        )
+        assert [*lines] == [0, 0.5, 1]
 
     def test_words_that_no_text_has_are_worth_nothing(self):
         (lines,) = rewards.spelling(["Мой дядя, самых честных правил"])(["мой ДЯДЯ!\nдядя дядел\nы\n"])
@@ -508,7 +518,7 @@ class TestRewards:
         )
         known = ["Мой дядя самых честных правил\nКогда не в шутку"]
         guarded = rewards.Rewards(Form(), {"ones_of_this_test:one": 1}, rewards.GUARDS, known)
-        given = guarded.by_name([*known, "дядя дядя", "правил мой"])
+        given = guarded.by_name([*known, "дядя дядя", "правил дядя мой"])
         (_, copied), (repeated,), (good,) = guarded.combined(given)
         assert (
             copied == 0 and repeated == 0.5 and good == 1 and {*given} == {*guarded.weights, *rewards.GUARDS}

@@ -16,6 +16,7 @@ VERSE_COLUMNS = {
     "bits_per_byte": ("bits/byte", "{:.4f}"),
     "longest_overlap": ("longest copy, chars", "{:,}"),
     "distinct_n": ("distinct word pairs", "{:.1%}"),
+    "whole": ("with all lines", "{:.1%}"),
     "lines": ("lines a poem", "{:.1f}"),
     "characters": ("chars a poem", "{:.0f}"),
 }
@@ -24,7 +25,8 @@ VERSE_COLUMNS = {
 def measure_verse(
     name: str, texts: Sequence[str], form: Form, training_texts: Sequence[str] = ()
 ) -> dict[str, str | int | float]:
-    """A row of the table: shares of all lines that are in metre and of all wanted pairs that rhyme.
+    """A row of the table: shares of all lines that are in metre, of all wanted pairs that rhyme, and of the texts that have
+    as many lines as the form.
 
     training_texts: to look for copies in; without them, as for poems that are training text, the cell stays empty.
     Distinct pairs of words fall with the length of all texts: compare rows of as many poems (Li et al. 2016).
@@ -37,6 +39,7 @@ def measure_verse(
         "poems": len(texts),
         "metre": _mean(lines),
         "rhyme": _mean(pairs),
+        "whole": _mean([len(poem.lines) == len(form.scheme.stanza) for poem in poems]),
         "lines": len(lines) / max(1, len(texts)),
         "characters": _mean([len(text) for text in texts]),
     }
@@ -52,9 +55,10 @@ def measure_verse(
 def measure_written(
     name: str, texts: Sequence[str], form: Form, training_texts: Sequence[str] = ()
 ) -> dict[str, str | int | float]:
-    """A row of the table for texts whose first line was given: that line counts for rhyme alone."""
+    """A row of the table for texts whose first line was given: that line counts for rhyme and number alone."""
     written = measure_verse(name, [text.partition("\n")[2] for text in texts], form, training_texts)
-    return written | {"rhyme": measure_verse(name, texts, form)["rhyme"]}
+    whole = measure_verse(name, texts, form)
+    return written | {"rhyme": whole["rhyme"], "whole": whole["whole"]}
 
 
 def _mean(values: Sequence[float]) -> float:

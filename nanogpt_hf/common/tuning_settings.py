@@ -31,7 +31,8 @@ class RewardGroup(Settings):
     reward_weights: list[float] = setting([], "their weights, in the same order; default: all the same")
     guards: list[str] = setting(
         ["originality", "variety", "spelling"],
-        "what a line's worth is multiplied with: against copies, repetition and words that are made up",
+        "what a line's worth is multiplied with: against copies, repetition, words that are made up and, with stresses, "
+        "lines of short words, which are in any metre",
     )
     form: Literal["onegin", "sonnet"] = setting("onegin", "what the poems are to be")
     foot: str | None = setting(None, "iamb, trochee, dactyl, amphibrach or anapaest instead of the form's")
@@ -44,8 +45,10 @@ class RewardGroup(Settings):
     )
     num_generations: int = setting(16, "texts for one prompt, that are compared with each other", ge=2)
     temperature: float = setting(0.8, "at which they are written", gt=0)
-    beta: float = setting(0.05, "weight of the divergence from the model at the start (KL)", ge=0)
-    text_coef: float = setting(1.0, "weight of the loss on the corpus, which keeps the language", ge=0)
+    beta: float = setting(0.02, "weight of the divergence from the model at the start (KL)", ge=0)
+    text_coef: float = setting(
+        0.3, "weight of what is forgotten of the corpus (KL), which keeps the language", ge=0
+    )
     eval_texts: int = setting(64, "texts that an evaluation looks at", ge=1)
     table_texts: int = setting(500, "texts of the table before and after; 0: no table", ge=0)
     reward_processes: int | None = setting(None, "that scan texts; default: the cores that are left", ge=0)
@@ -83,13 +86,14 @@ class RewardSettings(RewardGroup, TuningSettings):
     )
 
     corpus: str = changed(DataSettings, "corpus", "tiny_pushkin")
-    max_steps: int | None = changed(LengthSettings, "max_steps", 90)
-    per_device_train_batch_size: int = changed(LengthSettings, "per_device_train_batch_size", 512)
-    learning_rate: float = changed(OptimizerSettings, "learning_rate", 3e-4)
+    max_steps: int | None = changed(LengthSettings, "max_steps", 130)
+    per_device_train_batch_size: int = changed(LengthSettings, "per_device_train_batch_size", 128)
+    gradient_accumulation_steps: int = changed(LengthSettings, "gradient_accumulation_steps", 4)
+    learning_rate: float = changed(OptimizerSettings, "learning_rate", 1e-3)
     warmup_steps: int = changed(OptimizerSettings, "warmup_steps", 10)
     logging_steps: int = changed(LengthSettings, "logging_steps", 1)
-    eval_steps: int = changed(LengthSettings, "eval_steps", 30)
-    save_steps: int = changed(LengthSettings, "save_steps", 30)
+    eval_steps: int = changed(LengthSettings, "eval_steps", 26)
+    save_steps: int = changed(LengthSettings, "save_steps", 130)
     torch_compile: bool | None = changed(
         HardwareSettings, "torch_compile", False
     )  # it would take as long as it saves

@@ -15,11 +15,13 @@ class Written(NamedTuple):
     """Texts for prompts: ids (B P+N) of prompt and continuation, how many of the N count, and the texts.
 
     lines: the line of the text to which each of the N tokens belongs, B N.
+    closing: whether it belongs to the last word of that line or follows it, B N.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     lines: np.ndarray
+    closing: np.ndarray
     texts: list[str]
 
 
@@ -43,6 +45,8 @@ class StanzaWriter:
             np.array([bool(piece) and piece[at] == "\n" for piece in pieces]) for at in (0, -1)
         )
         self.blank[tokenizer.eos_token_id] = True
+        self.spaces = np.array([" " in piece for piece in pieces])
+        self.letters = np.array([any(map(str.isalpha, piece)) for piece in pieces])
 
     @classmethod
     def like(
@@ -109,4 +113,15 @@ class StanzaWriter:
             over, count, last = self._follow(new[:, place], over, count, last)
         rows = [row[2 : P + length] for row, length in zip(ids, lengths, strict=True)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return Written(ids, lengths, lines, [text.strip("\n") for text in texts])
+        return Written(ids, lengths, lines, self._closing(new), [text.strip("\n") for text in texts])
+
+    def _closing(self, new: np.ndarray) -> np.ndarray:
+        found, word, over = np.zeros(new.shape, bool), np.zeros(len(new), bool), np.zeros(len(new), bool)
+        for place in range(new.shape[1] - 1, -1, -1):
+            token = new[:, place]
+            of_next = self.newlines[token] > 0
+            word, over = word & ~of_next, over & ~of_next
+            found[:, place] = ~over
+            word |= self.letters[token]
+            over |= word & self.spaces[token]
+        return found

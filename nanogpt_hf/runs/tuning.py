@@ -189,7 +189,8 @@ def rewards_objective(
     """
     lines = len(rewards.form.scheme.stanza)
     write = StanzaWriter.like(first.stanzas, tokenizer, lines, settings.temperature)
-    T = settings.n_positions
+    longest = max(len(write.encode(line)) for line in first.to_learn + first.held_out) + write.max_new_tokens
+    T = min(settings.n_positions, -(-longest // 64) * 64)  # no window is longer than the texts are
     return GroupRelativePolicy(
         accelerator,
         model,
@@ -198,7 +199,7 @@ def rewards_objective(
         first.to_learn,
         first.held_out,
         TokenStream(corpus.ids("train", tokenizer), T, accelerator.device, corpus.name),
-        validation_stream(tokenizer, corpus, T, accelerator.device),
+        validation_stream(tokenizer, corpus, settings.n_positions, accelerator.device),
         corpus.characters("validation"),
         batch_size=global_batch_size(settings, accelerator),
         group=settings.num_generations,

@@ -21,24 +21,26 @@ import torch
 
 from ..common.errors import UserError
 from ..common.text import nearest
-from .scansion import Form, is_verse, scan
+from .scansion import LANGUAGES, Form, is_verse, scan
 
 OF_FORM = ("metre", "rhyme", "lines")  # what a form says of a text
-GUARDS = ("originality", "variety", "spelling")
+OF_LAST_WORD = ("rhyme",)  # what the last word of a line decides
+GUARDS = ("originality", "variety", "spelling", "stresses")
 Reward = Callable[
     [Sequence[str]], list[np.ndarray]
 ]  # of texts: a number for each line (split at newlines) of each
 
 
 class Scanned(NamedTuple):
-    """A text's lines (split at newlines): from 0 to 1 of each, whether it is in metre and whether it rhymes."""
+    """A text's lines (split at newlines): from 0 to 1 of each, whether it is in metre and answers an earlier line's rhyme."""
 
     metre: np.ndarray
     rhyme: np.ndarray
 
 
 def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
-    """Metre and rhyme of each line. Both lines of a pair that rhymes do; a line of no pair never does.
+    """Metre and rhyme of each line. A rhyme is the work of the later line of its pair: the earlier one asks, and can only
+    choose what is easy to answer.
 
     Pairs that rhyme with one another too share the worth of one: a stanza all on one rhyme fits any scheme.
     """
@@ -51,9 +53,9 @@ def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
         for pair in poem.pairs:
             ending = poem.lines[pair.first].ending
             if pair.rhymed and pair.second is not None and ending is not None:
-                rhymed.append(([poem.numbers[pair.first], poem.numbers[pair.second]], ending.sounds))
-        for numbers, sounds in rhymed:
-            scanned.rhyme[numbers] = 1 / sum(not sounds.isdisjoint(others) for _, others in rhymed)
+                rhymed.append((poem.numbers[pair.second], ending.sounds))
+        for number, sounds in rhymed:
+            scanned.rhyme[number] = 1 / sum(not sounds.isdisjoint(others) for _, others in rhymed)
         found.append(scanned)
     return found
 
@@ -92,7 +94,7 @@ def line_count(form: Form) -> Reward:
     return of_each_text(worth)
 
 
-def originality(training_texts: Sequence[str], window: int = 20) -> Reward:
+def originality(training_texts: Sequence[str], window: int = 14) -> Reward:
     """1 - the share of a line's characters, its newline among them, that end so many characters copied in one piece.
 
     Raises:
@@ -161,6 +163,19 @@ def spelling(training_texts: Sequence[str]) -> Reward:
         return sum(word in known for word in words) / max(1, len(words))
 
     return lambda texts: [np.array([share(line) for line in text.split("\n")]) for text in texts]
+
+
+def stresses(form: Form) -> Reward:
+    """1 for a line with two words of several vowels or more, 1/2 with one, 0 with none.
+
+    Words of one syllable fit either place of a foot, so that a line of them alone is in any metre.
+    """
+    vowel = LANGUAGES[form.language].VOWELS
+
+    def worth(line: str) -> float:
+        return min(2, sum(len(re.findall(vowel, word)) > 1 for word in words_of(line))) / 2
+
+    return lambda texts: [np.array([worth(line) for line in text.split("\n")]) for text in texts]
 
 
 def of_each_text(function: Callable[[str], float]) -> Reward:
@@ -249,6 +264,8 @@ class Rewards:
             self.others["variety"] = variety
         if "spelling" in self.guards:
             self.others["spelling"] = spelling(self.training_texts)
+        if "stresses" in self.guards:
+            self.others["stresses"] = stresses(self.form)
 
     def by_name(self, texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
         """What each reward gives each line of each text."""
@@ -257,16 +274,21 @@ class Rewards:
             found |= dict(zip(Scanned._fields, map(list, zip(*self.scan(texts), strict=True)), strict=True))
         return found
 
+    def guarded(self, given: Mapping[str, Sequence[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+        """Each reward of what `by_name` returned, times the guards."""
+        guards = [given[name] for name in self.guards]
+        return {
+            name: [np.prod(parts, axis=0) for parts in zip(given[name], *guards, strict=True)]
+            for name in self.weights
+        }
+
     def combined(self, given: Mapping[str, Sequence[np.ndarray]]) -> list[np.ndarray]:
-        """One number for each line of what `by_name` returned."""
-        total = sum(self.weights.values())
-        worth = [
-            sum(weight / total * lines for weight, lines in zip(self.weights.values(), parts, strict=True))
-            for parts in zip(*(given[name] for name in self.weights), strict=True)
+        """One number for each line: the mean of `guarded` by weight."""
+        weights = np.array([*self.weights.values()]) / sum(self.weights.values())
+        return [
+            np.tensordot(weights, np.stack(parts), 1)
+            for parts in zip(*self.guarded(given).values(), strict=True)
         ]
-        for name in self.guards:
-            worth = [lines * guard for lines, guard in zip(worth, given[name], strict=True)]
-        return worth
 
 
 def spare_cores() -> int:

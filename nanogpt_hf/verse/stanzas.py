@@ -26,7 +26,7 @@ def whole_stanzas(documents: Sequence[str], form: Form) -> list[str]:
 
 
 def first_lines(documents: Sequence[str], name: str, form: Form) -> FirstLines:
-    """Of the stanzas in the form, of which at least half the lines rhyme.
+    """Of the stanzas in the form, of which at least half the pairs rhyme.
 
     Args:
         name: of the corpus, for the error.
@@ -36,7 +36,7 @@ def first_lines(documents: Sequence[str], name: str, form: Form) -> FirstLines:
     """
     stanzas = whole_stanzas(documents, form)
     scanned = scan_lines(stanzas, form)
-    stanzas = [stanza for stanza, lines in zip(stanzas, scanned, strict=True) if lines.rhyme.mean() >= 0.5]
+    stanzas = [stanza for stanza, lines in zip(stanzas, scanned, strict=True) if lines.rhyme.mean() >= 0.25]
     if len(stanzas) < LEAST_PROMPTS:
         raise UserError(
             f"{name} holds {len(stanzas)} stanzas of {form.scheme.letters}, and their first lines are the prompts: give "
