@@ -201,10 +201,11 @@ def probabilities(logits, temperature, top_k, top_p):
 
 
 def assert_distributed(tokens, expected):
-    """Frequencies of tokens (N) within 5 standard errors of the expected probabilities (V); 0 is never."""
+    """Frequencies of tokens (N) within 5 standard errors, and 3 draws, of the expected probabilities (V); 0 is never."""
     found = torch.bincount(tokens, minlength=len(expected)) / len(tokens)
     error = (expected * (1 - expected) / len(tokens)).sqrt()
-    assert ((found - expected).abs() <= 5 * error + 1e-6).all()
+    # A token that is hardly ever drawn may be drawn once: its error is not that of a normal distribution.
+    assert ((found - expected).abs() <= 5 * error + 3 / len(tokens)).all() and not found[expected == 0].any()
 
 
 @settings(max_examples=25, deadline=None)
