@@ -17,7 +17,7 @@ from ..data.conversations import load_conversations
 from ..data.corpora import AnyCorpus
 from ..data.token_stream import TokenStream
 from ..generation.stanza_writer import StanzaWriter
-from ..model.loading import load_model_and_tokenizer
+from ..model.loading import context_length, load_model_and_tokenizer
 from ..training.checkpoints import Progress
 from ..training.completions import Completions, PackedWindows
 from ..training.evaluation import evaluate_split, validation_stream
@@ -190,7 +190,8 @@ def rewards_objective(
     lines = len(rewards.form.scheme.stanza)
     write = StanzaWriter.like(first.stanzas, tokenizer, lines, settings.temperature)
     longest = max(len(write.encode(line)) for line in first.to_learn + first.held_out) + write.max_new_tokens
-    T = min(settings.n_positions, -(-longest // 64) * 64)  # no window is longer than the texts are
+    context = settings.n_positions or context_length(model)
+    T = min(context, -(-longest // 64) * 64)  # no window is longer than the texts are
     return GroupRelativePolicy(
         accelerator,
         model,
@@ -199,7 +200,7 @@ def rewards_objective(
         first.to_learn,
         first.held_out,
         TokenStream(corpus.ids("train", tokenizer), T, accelerator.device, corpus.name),
-        validation_stream(tokenizer, corpus, settings.n_positions, accelerator.device),
+        validation_stream(tokenizer, corpus, context, accelerator.device),
         corpus.characters("validation"),
         batch_size=global_batch_size(settings, accelerator),
         group=settings.num_generations,

@@ -132,8 +132,8 @@ class GroupRelativePolicy(Objective):
         self.newest["reward"] = _mean_without_first(self.rewards.combined(given))
         self.newest["written_tokens"] = float(written.lengths.mean())
         advantages = self._advantages(written, self.rewards.guarded(given))
-        inputs, targets, advantages = self._windows(written, advantages, prompts.shape[1])
-        return inputs, targets, advantages, self._log_p_at_start(inputs, targets)
+        inputs, targets, spread = self._windows(written, advantages, prompts.shape[1])
+        return inputs, targets, spread, self._log_p_at_start(inputs, targets)
 
     @torch.no_grad()
     def _as_it_is(self) -> PreTrainedModel:
