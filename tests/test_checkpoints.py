@@ -37,7 +37,7 @@ def begun(seed=0, optim="adamw", adapter=False, learning_rate=0.01, **sizes):
     fields = dict(vocab_size=len(TOKENIZER), n_positions=8, n_embd=16, n_layer=1, n_head=2) | sizes
     model = NanoGPTForCausalLM(NanoGPTConfig(**fields, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     if adapter:
-        add_adapter(model, FinetuningSettings(lora_r=2), [])
+        add_adapter(model, FinetuningSettings(lora_r=2, lora_dropout=0.0), [])
     return model, make_optimizers(model, TrainingSettings(optim=optim, learning_rate=learning_rate))
 
 
