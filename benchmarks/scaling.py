@@ -69,6 +69,7 @@ WITHOUT = {
     "sharing_out": [(sharing_out, "group_of", lambda weight: None)],  # of Muon's matrices; DDP only
 }
 LABELS = "FSDP::|nccl:|Optimizer|ProfilerStep|Torch-Compiled|## "  # spans of the device's timeline that are no kernels
+COMMUNICATION = ("all-gather", "reduce-scatter", "all-reduce", "other communication")
 # Kinds of kernels by a part of their names, the first that fits.
 KERNELS = {
     "all-gather": "allgather",
@@ -272,12 +273,8 @@ def summary(spans: dict[str, list[tuple[float, float]]], steps: int) -> dict:
     """Milliseconds a step out of the microseconds at which the kernels of each kind began and ended."""
     everything = [span for kind in spans.values() for span in kind]
     both = length(everything)
-    communication = [
-        span for kind, own in spans.items() if "-" in kind or "communication" in kind for span in own
-    ]
-    computation = [
-        span for kind, own in spans.items() if not ("-" in kind or "communication" in kind) for span in own
-    ]
+    communication = [span for kind in COMMUNICATION for span in spans.get(kind, [])]
+    computation = [span for kind, own in spans.items() if kind not in COMMUNICATION for span in own]
     whole = max(end for _, end in everything) - min(start for start, _ in everything)
     microseconds = {
         "communication": length(communication),

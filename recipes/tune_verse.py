@@ -23,7 +23,6 @@ DEFAULTS = {
         lines=4,
         max_steps=200,
         learning_rate=3e-3,
-        text_coef=0.3,
         eval_texts=32,
         eval_steps=40,
         save_steps=200,

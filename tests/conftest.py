@@ -20,9 +20,8 @@ settings.load_profile("loaded machine")
 
 
 def _forget_accelerators():
-    from accelerate.state import (
-        AcceleratorState,
-    )  # with torch, which the process that hands out the tests does not need
+    # With torch, which the process that hands out the tests does not need.
+    from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
 

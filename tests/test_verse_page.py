@@ -31,6 +31,7 @@ def test_a_row_counts_lines_and_pairs_of_all_texts_together():
         "poems": 2,
         "metre": 4 / 6,
         "rhyme": 2 / 4,  # prose begins two pairs
+        "whole": 1 / 2,
         "lines": 3,
         "characters": (len(STANZA) + len(PROSE)) / 2,
         "longest_overlap": len("Он уважать себя заставил"),

@@ -17,7 +17,7 @@ from ..data.conversations import load_conversations
 from ..data.corpora import AnyCorpus
 from ..data.token_stream import TokenStream
 from ..generation.stanza_writer import StanzaWriter
-from ..model.loading import context_length, load_model_and_tokenizer
+from ..model.loading import load_model_and_tokenizer
 from ..training.checkpoints import Progress
 from ..training.completions import Completions, PackedWindows
 from ..training.evaluation import evaluate_split, validation_stream
@@ -189,8 +189,8 @@ def rewards_objective(
     """
     lines = len(rewards.form.scheme.stanza)
     write = StanzaWriter.like(first.stanzas, tokenizer, lines, settings.temperature)
-    longest = max(len(write.encode(line)) for line in first.to_learn + first.held_out) + write.max_new_tokens
-    context = settings.n_positions or context_length(model)
+    context: int = settings.n_positions
+    longest = write.by_length([*first.to_learn, *first.held_out])[-1].shape[1] + write.max_new_tokens
     T = min(context, -(-longest // 64) * 64)  # no window is longer than the texts are
     return GroupRelativePolicy(
         accelerator,
@@ -226,7 +226,8 @@ def write_pairs(
     for prompts in write.by_length([stanza.partition("\n")[0] for stanza in real]):
         texts = write(model, np.repeat(prompts, samples, axis=0), seed).texts
         worth = [
-            float((lines.metre + lines.rhyme)[1:].sum()) / len(form.scheme.stanza)
+            float((lines.metre + 2 * lines.rhyme)[1:].sum())
+            / len(form.scheme.stanza)  # a rhyme is of two lines
             for lines in scan_lines(texts, form)
         ]
         for group in range(0, len(texts), samples):

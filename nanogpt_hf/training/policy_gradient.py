@@ -117,8 +117,8 @@ class GroupRelativePolicy(Objective):
             self.step, self.made = step, self._write(step)
         processes, first = self.accelerator.num_processes, self.accelerator.process_index
         own = torch.as_tensor((rows - first) // processes, device=self.accelerator.device)
-        text = self.train.batch(self.seed, step, self.batch_size, rows[::TEXT_EVERY])
-        return *(part[own].flatten(0, 1) for part in self.made), *text
+        text, _ = self.train.batch(self.seed, step, self.batch_size, rows[::TEXT_EVERY])
+        return *(part[own].flatten(0, 1) for part in self.made), text
 
     def _write(self, step: int) -> Batch:
         """What this process writes for a step, in windows of S T: inputs, targets, advantages, log p at the start."""
@@ -212,7 +212,7 @@ class GroupRelativePolicy(Objective):
         return (batch[1] != -100).sum()
 
     def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> torch.Tensor:
-        inputs, targets, advantages, at_start, text, _ = batch
+        inputs, targets, advantages, at_start, text = batch
         logits = model(input_ids=torch.cat((inputs, text)), use_cache=False).logits
         written, on_text = logits.split((len(inputs), len(text)))
         log_p = self._log_p(written, targets)

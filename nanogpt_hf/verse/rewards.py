@@ -162,7 +162,7 @@ def spelling(training_texts: Sequence[str]) -> Reward:
         words = words_of(line)
         return sum(word in known for word in words) / max(1, len(words))
 
-    return lambda texts: [np.array([share(line) for line in text.split("\n")]) for text in texts]
+    return of_each_line(share)
 
 
 def stresses(form: Form) -> Reward:
@@ -175,7 +175,12 @@ def stresses(form: Form) -> Reward:
     def worth(line: str) -> float:
         return min(2, sum(len(re.findall(vowel, word)) > 1 for word in words_of(line))) / 2
 
-    return lambda texts: [np.array([worth(line) for line in text.split("\n")]) for text in texts]
+    return of_each_line(worth)
+
+
+def of_each_line(function: Callable[[str], float]) -> Reward:
+    """A function of one line as a reward."""
+    return lambda texts: [np.array([function(line) for line in text.split("\n")]) for text in texts]
 
 
 def of_each_text(function: Callable[[str], float]) -> Reward:
