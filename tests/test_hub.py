@@ -41,6 +41,7 @@ from nanogpt_hf.model.bases import describe_base
 from nanogpt_hf.model.loading import load_model_and_tokenizer, load_native
 from nanogpt_hf.sharing.export import choose_format, export, export_run
 from nanogpt_hf.sharing.model_card import make_card
+from nanogpt_hf.training.lora import load_base
 
 ROOT = Path(__file__).parents[1]
 TEXT = (
@@ -793,7 +794,7 @@ def test_a_hub_that_is_not_there_is_asked_once_and_the_cache_serves(server, tmp_
     for url, nobody_answers in ((server.url, False), ("http://127.0.0.1:1", True)):
         monkeypatch.setattr(constants, "ENDPOINT", url)
         assert is_offline("owner/name") is nobody_answers and is_offline(str(tmp_path)) is False
-    for load in (load_tokenizer, load_model_and_tokenizer, load_native, describe_base):
+    for load in (load_tokenizer, load_model_and_tokenizer, load_native, load_base, describe_base):
         with pytest.raises((UserError, OSError)):
             load("owner/name")
     assert "Retrying" not in caplog.text and constants.HF_HUB_OFFLINE is False

@@ -32,7 +32,7 @@ class RewardGroup(Settings):
     guards: list[str] = setting(
         ["originality", "variety", "spelling"],
         "what a line's worth is multiplied with: against copies, repetition, words that are made up and, with stresses, "
-        "lines of short words, which are in any metre",
+        "lines of short words, which are in any metre (for onegin the recipe takes all four)",
     )
     form: Literal["onegin", "sonnet"] = setting("onegin", "what the poems are to be")
     foot: str | None = setting(None, "iamb, trochee, dactyl, amphibrach or anapaest instead of the form's")

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
-from ..common.paths import check_model_name
+from ..common.paths import asks_the_hub, check_model_name
 from ..common.recipes import command
 from ..common.settings import FinetuningSettings
 from ..common.text import first_line, nearest, without_home
@@ -34,6 +34,7 @@ from ..model.loading import load_causal_lm, load_native, put_on_base, suppress_p
 SHORT_NAMES = {"attention": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward"), "all": ("",)}
 
 
+@asks_the_hub
 def load_base(name: str, whole: bool = False, **options: Any) -> PreTrainedModel:
     """The base of a fine-tuning in float32, by its name, from a folder or the Hub.
 

@@ -337,7 +337,8 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
         )
     axes.set(xlabel="step", ylabel="loss, nats a token")
     axes.set_title(printable(title), parse_math=False)  # of names, in which $ is a letter
-    axes.legend()
+    if axes.get_lines():  # a run may stop before its first losses
+        axes.legend()
     axes.grid(alpha=0.3)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
