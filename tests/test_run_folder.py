@@ -548,6 +548,12 @@ def test_a_damaged_best_model_that_is_in_no_checkpoint(corpus, copied, tmp_path)
     assert state_of_the_top(copied)[0] == 30
 
 
+def test_what_a_kill_before_the_last_pruning_has_left_goes_when_the_run_is_taken_up(corpus, copied, tmp_path):
+    words = training_words(copied, corpus, "--save_total_limit", "2", *GO_ON)
+    finished(words, log=tmp_path / "log", **PRETRAIN)
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["step-25", "step-30"]
+
+
 def test_a_zeroed_run_yaml(corpus, whole, copied, tmp_path):
     path = copied / "run.yaml"
     path.write_bytes(bytes(path.stat().st_size))

@@ -26,7 +26,7 @@ from ..common.text import printable, without_home
 from ..data.corpora import AnyCorpus
 from ..model import NanoGPTConfig
 from ..model.bases import describe_base
-from .checkpoints import Progress, damage, newest_good, read_progress
+from .checkpoints import Progress, damage, list_checkpoints, newest_good, prune, read_progress
 from .reporting import library_versions, say, text_sha256, write_yaml
 
 # What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
@@ -274,6 +274,8 @@ def open_run_folder(
             for name in MADE_BY_A_RUN:
                 delete(folder / name)
         _delete_left_overs(folder)
+        if checkpoint in list_checkpoints(folder / "checkpoints")[-1:]:
+            prune(checkpoint, settings.save_total_limit)  # as it was about to do when it was killed
         values = public_values(settings) | {"resume_from_checkpoint": None, "overwrite_output_dir": False}
         earlier = None if checkpoint is None else _read_run_yaml(checkpoint.resolve().parents[1] / "run.yaml")
         changed = _changes(progress.settings or earlier or {}, values)
