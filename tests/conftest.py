@@ -21,9 +21,11 @@ settings.load_profile("loaded machine")
 
 def _forget_accelerators():
     # With torch, which the process that hands out the tests does not need.
+    import torch
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)  # a run that takes itself for launched has taken all cores
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from processes import TEXT, digests, finished, training_words, write_corpus
 
 from nanogpt_hf.common.errors import UserError
@@ -29,20 +28,13 @@ READ_BY_ACCELERATE = sorted(
 )
 
 
-@pytest.fixture
-def fresh_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_accelerate_reads_variables_that_are_found_here():
     assert len(READ_BY_ACCELERATE) > 25 and "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in READ_BY_ACCELERATE
 
 
 @pytest.mark.parametrize("value", ["true", "4", "aot_eager"])
 @pytest.mark.parametrize("name", READ_BY_ACCELERATE)
-def test_a_variable_of_accelerate_is_overruled_or_refused(name, value, monkeypatch, fresh_state):
+def test_a_variable_of_accelerate_is_overruled_or_refused(name, value, monkeypatch, own_accelerate_state):
     """Whatever is set: the accelerator is the one that the settings describe, or a sentence says why there is none."""
     monkeypatch.setenv(name, value)
     try:
