@@ -32,7 +32,6 @@ from nanogpt_hf.training.hardware import make_accelerator
 from nanogpt_hf.training.loop import train
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ["processes", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch.nn.parallel"]
 TINY = (
     "--architecture qwen3 --optim muon --n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --dropout 0.1 --use_cpu "
     "--max_steps 30 --warmup_steps 5 --logging_steps 3 --eval_steps 6 --save_steps 5 --per_device_eval_batch_size 512 --sample_length 20"
@@ -94,7 +93,7 @@ def run_here(script: str, *words) -> int:
 def warm_interpreter() -> multiprocessing.context.BaseContext:
     """Where all processes of multiprocessing's method forkserver are forked from, here and in what the tests call."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["warm"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # a process of several threads cannot be forked safely
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
