@@ -1,5 +1,6 @@
 """Fixtures that several files of tests use, and one thread a process: the tests run beside one another."""
 
+import gc
 import os
 import shutil
 
@@ -17,6 +18,11 @@ __all__ = ["hub"]
 
 settings.register_profile("loaded machine", deadline=None)  # no test asserts how long something takes
 settings.load_profile("loaded machine")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what has been imported stays: it is not gone through over and over
 
 
 def _forget_accelerators():

@@ -467,10 +467,10 @@ def test_a_model_of_two_documents_stops_after_the_first(tmp_path):
             optim="muon",
             learning_rate=3e-3,
             per_device_train_batch_size=8,
-            max_steps=300,
+            max_steps=150,
             warmup_steps=10,
-            eval_steps=300,
-            save_steps=300,
+            eval_steps=150,
+            save_steps=150,
             sample_length=20,
             use_cpu=True,
         )

@@ -178,7 +178,7 @@ def samples_references_window(draw):
 
 
 @given(samples_references_window())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_memorization_equals_brute_force(case):
     samples, references, window = case
     result = metric("memorization").compute(predictions=samples, references=references, window=window)

@@ -61,8 +61,10 @@ def corpus(tmp_path_factory):
 # --- the first seconds ---
 
 
-@pytest.mark.parametrize("recipe", ["pretrain_char", "share"])
-@pytest.mark.parametrize("library", ["wrapt", "yaml", "transformers", "torch"])
+@pytest.mark.parametrize(
+    "recipe, library",
+    [("pretrain_char", "wrapt"), ("share", "yaml"), ("pretrain_char", "transformers"), ("share", "torch")],
+)
 def test_an_interrupt_during_the_imports_is_answered(tmp_path, recipe, library):
     """The library raises the signal itself, so that it comes at that very moment."""
     (tmp_path / library).mkdir()

@@ -9,8 +9,6 @@ import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import matplotlib.backends.backend_agg
-import matplotlib.figure
 import torch.nn.parallel  # noqa: F401
 from accelerate.state import AcceleratorState
 from processes import run_here, training_words, write_corpus
