@@ -3,15 +3,20 @@
 A fresh interpreter spends seconds on imports; a fork of a warm one trains a tiny model in about one.
 """
 
+import atexit
 import functools
 import hashlib
+import importlib
 import json
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
 import runpy
+import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +24,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from huggingface_hub import constants, hf_api
 from tqdm import tqdm
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
@@ -147,8 +153,15 @@ class Run:
             time.sleep(0.002)
 
 
+def read_variables_again() -> None:
+    """What huggingface_hub read of the environment when it was imported, which was before this process was forked."""
+    importlib.reload(constants)
+    hf_api.api.endpoint = constants.ENDPOINT
+
+
 def _run(words, recipe, log, prepare, environment):
     os.environ.update(environment)
+    read_variables_again()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -186,6 +199,59 @@ def finished(words, **options) -> str:
     status = run.wait()
     assert status == 0, (status, run.said())
     return run.said()
+
+
+STRANGERS = """
+import importlib, json, os, sys
+import evaluate, peft  # with torch and transformers: what takes long, and knows nothing of this package
+from huggingface_hub import constants, hf_api
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+for line in sys.stdin:
+    code, sys.argv, folder, log, environment = json.loads(line)
+    if not os.fork():
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        importlib.reload(constants)
+        importlib.reload(evaluate.config)
+        hf_api.api.endpoint = constants.ENDPOINT
+        sys.modules["nanogpt_hf"] = None  # installed or not, importing it fails
+        exec(code)
+        break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@functools.cache
+def _strangers() -> subprocess.Popen:
+    command = [sys.executable, "-I", "-W", "ignore", "-c", STRANGERS]
+    home = tempfile.mkdtemp(prefix="strangers-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    environment = {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def stranger(code: str, *words, folder: Path, environment: dict | None = None) -> str:
+    """What a process prints that has never heard of this package, forked from one that has transformers and peft.
+
+    Args:
+        folder: where it is.
+        environment: all its variables; by default it is offline.
+    """
+    log = folder / "stranger.log"
+    environment = environment or {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
+    asked = [code, ["stranger", *map(str, words)], str(folder), str(log), environment]
+    process = _strangers()
+    print(json.dumps(asked), file=process.stdin, flush=True)
+    status = process.stdout.readline()
+    said = log.read_text(encoding="utf-8") if log.exists() else ""
+    assert status == "0\n", (status, said)
+    return said
 
 
 def digests(folder: Path) -> dict[str, str]:

