@@ -202,11 +202,11 @@ def finished(words, **options) -> str:
 
 
 STRANGERS = """
-import importlib, json, os, sys
-import evaluate, peft  # with torch and transformers: what takes long, and knows nothing of this package
+import gc, importlib, json, os, sys
+import accelerate, transformers.generation, transformers.modeling_utils  # what takes long and knows no model yet
 from huggingface_hub import constants, hf_api
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+gc.freeze()
 for line in sys.stdin:
     code, sys.argv, folder, log, environment = json.loads(line)
     if not os.fork():
@@ -216,11 +216,11 @@ for line in sys.stdin:
         os.environ.clear()
         os.environ.update(environment)
         importlib.reload(constants)
-        importlib.reload(evaluate.config)
         hf_api.api.endpoint = constants.ENDPOINT
         sys.modules["nanogpt_hf"] = None  # installed or not, importing it fails
         exec(code)
-        break
+        sys.stdout.flush()
+        os._exit(0)
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
@@ -237,7 +237,7 @@ def _strangers() -> subprocess.Popen:
 
 
 def stranger(code: str, *words, folder: Path, environment: dict | None = None) -> str:
-    """What a process prints that has never heard of this package, forked from one that has transformers and peft.
+    """What a process prints that has never heard of this package, forked from one that has transformers.
 
     Args:
         folder: where it is.

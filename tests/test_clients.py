@@ -1,16 +1,13 @@
 """Training tools of others on our own class: peft with its defaults, and TRL's trainers."""
 
-import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
-from processes import stranger
+from processes import ROOT, stranger
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
@@ -227,25 +224,20 @@ def test_lm_eval_measures_the_same_bits_a_byte(architecture, tokenizer, tmp_path
     assert found["tokens"] == len(text)
 
 
-# --- what is registered with others, in fresh interpreters ---
+# --- what is registered with others ---
 
 
-IN_TURN = """
-import json, os, sys
-import accelerate, transformers.generation, transformers.modeling_utils  # what takes long and knows no model yet
-
-assert not {"transformers.models.auto.modeling_auto", "peft", "nanogpt_hf"} & {*sys.modules}
-for lines in json.loads(sys.argv[1]):
-    if not os.fork():
-        exec(lines)
-        break
-    assert os.wait()[1] == 0, lines
+PREPARED = f"""
+import sys
+assert not {{"transformers.models.auto.modeling_auto", "peft"}} & {{*sys.modules}}
+del sys.modules["nanogpt_hf"]
+sys.path.insert(0, {str(ROOT)!r})
 """
 CLASSES = """
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 config = AutoConfig.for_model("nanogpt", n_layer=1, n_head=1, n_embd=8, vocab_size=8)
 for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-    print(type(auto.from_config(config)).__name__, flush=True)
+    print(type(auto.from_config(config)).__name__)
 """
 PEFT = """
 import nanogpt_hf
@@ -257,14 +249,18 @@ assert mapping["nanogpt"] == mapping["gpt2"]
 """
 
 
-def test_the_auto_classes_and_peft_know_our_model_whatever_is_imported_first():
-    orders = [
+@pytest.mark.parametrize(
+    "order",
+    [
         "import nanogpt_hf; from transformers import AutoModelForCausalLM",
-        "import transformers; from nanogpt_hf import NanoGPTForCausalLM; from transformers import AutoModelForCausalLM",
+        "from nanogpt_hf import NanoGPTForCausalLM; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import nanogpt_hf",
-    ]
-    scripts = json.dumps([*(order + CLASSES for order in orders), PEFT])
-    command = [sys.executable, "-W", "ignore", "-c", IN_TURN, scripts]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["NanoGPTForCausalLM", "NanoGPTForSequenceClassification"] * 3
+    ],
+)
+def test_the_auto_classes_know_our_model_whatever_is_imported_first(order, tmp_path):
+    said = stranger(PREPARED + order + CLASSES, folder=tmp_path)
+    assert said.split() == ["NanoGPTForCausalLM", "NanoGPTForSequenceClassification"]
+
+
+def test_peft_knows_our_model_when_it_is_imported_later(tmp_path):
+    stranger(PREPARED + PEFT, folder=tmp_path)

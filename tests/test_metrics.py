@@ -40,7 +40,7 @@ def expected_results():
 
 
 BY_PATH = """
-import json, sys
+import json, sys, evaluate
 folder, cases = sys.argv[1], json.loads(sys.argv[2])
 print(json.dumps({name: evaluate.load(f"{folder}/{name}.py").compute(**cases[name]) for name in cases}))
 """
