@@ -1,11 +1,13 @@
 """Checkpoints in and out, model cards, and uploads to a Hub that fails in every way it knows."""
 
+import io
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 import time
+import warnings
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Run, run_here, warm_interpreter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -30,6 +34,7 @@ from transformers.utils import logging
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.paths import asks_the_hub
+from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.tokenization import (
     END_OF_TEXT,
     encode,
@@ -39,11 +44,12 @@ from nanogpt_hf.data.tokenization import (
 )
 from nanogpt_hf.model.bases import describe_base
 from nanogpt_hf.model.loading import load_model_and_tokenizer, load_native
+from nanogpt_hf.runs.pretraining import pretrain
 from nanogpt_hf.sharing.export import choose_format, export, export_run
+from nanogpt_hf.sharing.hub import check_push, push
 from nanogpt_hf.sharing.model_card import make_card
 from nanogpt_hf.training.lora import load_base
 
-ROOT = Path(__file__).parents[1]
 TEXT = (
     "Мой дядя самых честных правил,\nкогда не в шутку занемог. To be, or not to be\t— that's 1,234!\r\n" * 40
 )
@@ -492,77 +498,56 @@ def test_nothing_that_a_card_quotes_becomes_part_of_it(tmp_path_factory, text):
 
 # --- the Hub ---
 
-WORKER = """
-import io, json, os, runpy, sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-import torch
-from transformers.utils.logging import disable_progress_bar
-from nanogpt_hf import NanoGPTForCausalLM
-from nanogpt_hf.sharing.hub import check_push, push
-from nanogpt_hf.runs.pretraining import pretrain
-from nanogpt_hf.common.settings import TrainingSettings
-from transformers import AutoModelForCausalLM, AutoTokenizer
+KNOWN = (
+    *(torch, AutoModelForCausalLM, AutoTokenizer, NanoGPTForCausalLM),
+    *(TrainingSettings, check_push, pretrain, push, run_here),
+)
 
-def recipe(name, *words):
-    sys.argv = [name, *words]
-    try:
-        runpy.run_path(str(Path(ROOT) / "recipes" / name), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    return 0
 
-disable_progress_bar()
-answers = os.fdopen(os.dup(1), "w")
-for line in sys.stdin:
-    asked, answer = json.loads(line), {"error": None}
-    os.environ.pop("HF_TOKEN", None)
-    if asked["token"]:
-        os.environ["HF_TOKEN"] = asked["token"]
-    ROOT, printed = asked["root"], io.StringIO()
-    with redirect_stdout(printed), redirect_stderr(printed):
-        try:
-            answer["value"] = eval(asked["code"], globals(), asked["names"])
-        except Exception as error:
-            answer["error"] = f"{type(error).__name__}: {error}"
-    print(json.dumps(answer | {"printed": printed.getvalue()}), file=answers, flush=True)
-"""
+def serve(connection, folder):
+    """Answer one expression after another, until nobody asks any more."""
+    os.chdir(folder)
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    with suppress(EOFError):
+        while True:
+            code, token, names = connection.recv()
+            os.environ.pop("HF_TOKEN", None)
+            if token:
+                os.environ["HF_TOKEN"] = token
+            value, error, printed = None, None, io.StringIO()
+            with redirect_stderr(printed), redirect_stdout(printed):
+                try:
+                    value = eval(code, {known.__name__: known for known in KNOWN}, names)
+                except Exception as failure:
+                    error = f"{type(failure).__name__}: {failure}"
+            connection.send((value, error, printed.getvalue()))
+    raise SystemExit(0)
 
 
 class Client:
-    """A process whose Hub is the test server, with everything imported; it answers one expression after another."""
+    """A process whose Hub is the test server; it answers one expression after another."""
 
     def __init__(self, server, folder):
         self.folder, self.log = folder, folder / "stderr.txt"
-        (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-        settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder / "author")}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "worker.py"],
-                env=server.env(home=folder / "cache", token=None) | settings,
-                cwd=folder,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        self.connection, theirs = warm_interpreter().Pipe()
+        environment = server.env(home=folder / "cache", token=None) | {"HOME": str(folder / "author")}
+        self.run = Run([], log=self.log, prepare=(serve, theirs, folder), **environment)
+        theirs.close()
 
     def ask(self, code, token="hf_write", **names):
         """(value, error, what was printed) of an expression."""
-        asked = {"code": code, "token": token, "names": names, "root": str(ROOT)}
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, self.log.read_text(encoding="utf-8")
-        assert token is None or token not in line  # neither printed nor in an error
-        answer = json.loads(line)
-        return answer.get("value"), answer["error"], answer["printed"]
+        self.connection.send((code, token, names))
+        try:
+            answer = self.connection.recv()
+        except EOFError:
+            raise AssertionError(self.run.said()) from None
+        assert token is None or token not in repr(answer)  # neither printed nor in an error
+        return answer
 
     def close(self):
-        self.process.stdin.close()
-        assert self.process.wait(30) == 0
-        self.process.stdout.close()
-        assert self.log.read_text(encoding="utf-8") == ""
+        self.connection.close()
+        assert self.run.wait(30) == 0 and self.run.said() == ""
 
 
 @pytest.fixture(scope="module")
@@ -722,7 +707,7 @@ def test_a_fault_that_stays_ends_with_the_folder_and_the_command(number, server,
     lasting.times = 0
     if number < 2:
         words = ["--model", str(run_folder), *command.split()]
-        status, error, printed = client.ask("recipe('share.py', *words)", words=words)
+        status, error, printed = client.ask("run_here('share.py', *words)", words=words)
         assert (status, error, printed) == (0, None, f"shared at {server.url}/{name}\n")
         assert commits(server, name) == 1 and server.repos["model", name].private
 
@@ -832,7 +817,7 @@ def test_a_run_shares_itself_and_nothing_of_its_author(architecture, plain, serv
     text.write_bytes(corpus.read_bytes())
     settings = TINY | dict(architecture=architecture, corpus=text, output_dir=folder)
     words = [f"--{key}={value}" for key, value in settings.items()] + ["--push_to_hub", "--hub_private_repo"]
-    status, _, printed = client.ask("recipe('pretrain_char.py', *words)", words=words)
+    status, _, printed = client.ask("run_here('pretrain_char.py', *words)", words=words)
     assert status == 0 and printed.rstrip().endswith(f"shared          {server.url}/user/{name}"), printed
     assert commits(server, f"user/{name}") == 1 and server.repos["model", f"user/{name}"].private
     files = server.files(f"user/{name}")
@@ -845,7 +830,7 @@ def test_a_run_shares_itself_and_nothing_of_its_author(architecture, plain, serv
     # share.py makes of the folder what the run made of it.
     before = len(server.requests)
     words = ["--model", str(folder), "--hub_model_id", name]
-    assert client.ask("recipe('share.py', *words)", words=words)[0] == 0
+    assert client.ask("run_here('share.py', *words)", words=words)[0] == 0
     assert commits(server, f"user/{name}") == 1
     assert not [request for request in server.requests[before:] if request.method == "PUT"]
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()] + [*files.values()]
@@ -879,12 +864,14 @@ def test_a_run_whose_push_fails_is_complete(server, client, corpus, tmp_path):
     assert f"run folder      {folder}" in printed
     assert NanoGPTForCausalLM.from_pretrained(folder).num_parameters() and (folder / "README.md").exists()
     words = error.split("nanogpt share ")[1].split()
-    assert client.ask("recipe('share.py', *words)", words=words)[0] == 0 and commits(server, "user/lost") == 1
+    assert (
+        client.ask("run_here('share.py', *words)", words=words)[0] == 0 and commits(server, "user/lost") == 1
+    )
 
 
 def test_share_writes_a_folder_too(client, run_folder, tmp_path):
     words = ["--model", str(run_folder), "--output_dir", str(tmp_path / "plain")]
-    assert client.ask("recipe('share.py', *words)", None, words=words)[0] == 0
+    assert client.ask("run_here('share.py', *words)", None, words=words)[0] == 0
     assert (tmp_path / "plain" / "README.md").exists()
     assert_equal_logits(
         NanoGPTForCausalLM.from_pretrained(run_folder), GPT2LMHeadModel.from_pretrained(tmp_path / "plain")
@@ -895,7 +882,7 @@ def test_share_writes_a_folder_too(client, run_folder, tmp_path):
         (["--model", str(run_folder), "--output_dir", str(tmp_path / "plain")], "is not empty"),
         (["--model", str(tmp_path), "--output_dir", str(tmp_path / "y")], "holds no config.json"),
     ]:
-        status, _, printed = client.ask("recipe('share.py', *words)", words=words)
+        status, _, printed = client.ask("run_here('share.py', *words)", words=words)
         assert status == 2 and message in printed and printed.count("\n") == 1
 
 

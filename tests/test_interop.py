@@ -151,10 +151,10 @@ def test_a_pipeline_ends_at_the_context_and_at_the_end_of_text(format, trained, 
     model, tokenizer = trained(*FORMATS[format])
     export(model, tokenizer, tmp_path, "nanogpt" if format == "nanogpt" else "auto")
     generate = pipeline("text-generation", str(tmp_path))
-    prompts = [PROMPT, "Now is"]
+    prompts = [PASSAGE[:200], PASSAGE[:190]]
     lengths = [len(tokenizer(prompt).input_ids) for prompt in prompts]
-    alone = generate(PROMPT, do_sample=False)[0]["generated_text"]
-    assert alone == PROMPT + tokenizer.decode(greedy(model, tokenizer, 256 - lengths[0]))
+    alone = generate(prompts[0], do_sample=False)[0]["generated_text"]
+    assert alone == prompts[0] + tokenizer.decode(greedy(model, tokenizer, 256 - lengths[0], prompts[0]))
     together = generate(prompts, batch_size=2, do_sample=False)
     for prompt, found in zip(prompts, together, strict=True):
         expected = prompt + tokenizer.decode(greedy(model, tokenizer, 256 - max(lengths), prompt))
