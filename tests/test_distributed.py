@@ -104,6 +104,20 @@ def by_one(corpus, tmp_path_factory):
     return runs
 
 
+@pytest.fixture(scope="module")
+def by_layout(by_one, corpus, tmp_path_factory):
+    """(layout, optim) -> a run of it, made once."""
+    runs = {("one", optim): folder for optim, (folder, _) in by_one.items()}
+
+    def get(layout: str, optim: str) -> Path:
+        if (layout, optim) not in runs:
+            runs[layout, optim] = tmp_path_factory.mktemp("runs") / "run"
+            train(runs[layout, optim].parent, layout, runs[layout, optim], corpus, *by_one[optim][1])
+        return runs[layout, optim]
+
+    return get
+
+
 @pytest.mark.parametrize(
     "layout, optim",
     [
@@ -113,29 +127,26 @@ def by_one(corpus, tmp_path_factory):
         ("checkpointing fsdp2", "adamw"),
     ],
 )
-def test_every_layout_makes_the_same_run(by_one, corpus, tmp_path, layout, optim):
-    folder, options = by_one[optim]
-    train(tmp_path, layout, tmp_path / "run", corpus, *options)
-    assert losses(tmp_path / "run") == pytest.approx(losses(folder), abs=2e-5)
-    assert digests(tmp_path / "run").keys() == digests(folder).keys()
+def test_every_layout_makes_the_same_run(by_one, by_layout, layout, optim):
+    (folder, _), run = by_one[optim], by_layout(layout, optim)
+    assert losses(run) == pytest.approx(losses(folder), abs=2e-5)
+    assert digests(run).keys() == digests(folder).keys()
     for name in digests(folder):
-        ours, theirs = (load_file(place / name) for place in (tmp_path / "run", folder))
+        ours, theirs = (load_file(place / name) for place in (run, folder))
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     for name in ("config.json", "modeling_nanogpt.py"):
-        assert (tmp_path / "run" / name).read_text() == (folder / name).read_text()
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "run"), NanoGPTForCausalLM)
+        assert (run / name).read_text() == (folder / name).read_text()
+    assert isinstance(AutoModelForCausalLM.from_pretrained(run), NanoGPTForCausalLM)
 
 
 @pytest.mark.parametrize(
-    "first, second, optim", [("one", "fsdp2", "adamw"), ("fsdp2", "ddp", "muon"), ("ddp", "one", "adamw")]
+    "first, second, optim", [("one", "fsdp2", "adamw"), ("fsdp2", "ddp", "muon"), ("ddp", "one", "muon")]
 )
-def test_a_checkpoint_of_one_layout_goes_on_under_another(by_one, corpus, tmp_path, first, second, optim):
+def test_a_checkpoint_of_one_layout_goes_on_under_another(
+    by_one, by_layout, corpus, tmp_path, first, second, optim
+):
     whole, options = by_one[optim]
-    folder = tmp_path / "run"
-    if first == "one":
-        shutil.copytree(whole, folder)
-    else:
-        train(tmp_path, first, folder, corpus, *options)
+    folder = shutil.copytree(by_layout(first, optim), tmp_path / "run")
     for step in (8, 12):
         shutil.rmtree(folder / "checkpoints" / f"step-{step}")
     train(tmp_path, second, folder, corpus, *options, *GO_ON)

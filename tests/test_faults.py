@@ -1,7 +1,7 @@
 """Whatever stops a run, at most the work since its last checkpoint is repeated, and the end is the same to the bit.
 
 Kills come at random moments and at chosen ones: at the n-th opening, renaming or deleting of a file. In the short
-form there are 5 of each; NANOGPT_HF_KILLS=50 gives the long form.
+form there are 3 of each; NANOGPT_HF_KILLS=50 gives the long form.
 """
 
 import json
@@ -38,7 +38,7 @@ from nanogpt_hf.training.checkpoints import damage, list_checkpoints, newest_goo
 
 resource = pytest.importorskip("resource", reason="kills and limits are injected the POSIX way")
 pytestmark = pytest.mark.faults
-KILLS = int(os.environ.get("NANOGPT_HF_KILLS", 5))
+KILLS = int(os.environ.get("NANOGPT_HF_KILLS", 3))
 LONG = KILLS > 5
 GO_ON = ("--resume_from_checkpoint", "last")
 WRITING_MUCH = ("--save_steps", "2", "--eval_steps", "2", "--logging_steps", "1")

@@ -8,7 +8,6 @@ import shutil
 import time
 import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -637,10 +636,7 @@ MENDED = [
     ("POST /api/repos/create", {"lost": True}),
     ("GET /api/models/NAME", {"status": 500}),
     ("POST /api/models/NAME/preupload/", {"status": 503}),
-    ("POST /NAME.git/info/lfs/objects/batch", {"reset": True}),
     ("PUT /NAME.git/lfs/", {"status": 403}),
-    ("PUT /NAME.git/lfs/", {"status": 503}),
-    ("PUT /NAME.git/lfs/", {"status": 429, "retry_after": 0}),
     ("PUT /NAME.git/lfs/", {"reset": True}),
     ("POST /api/models/NAME/commit/", {"status": 409}),
     ("POST /api/models/NAME/commit/", {"status": 412}),
