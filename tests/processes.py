@@ -13,6 +13,7 @@ import multiprocessing.forkserver
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -173,6 +174,17 @@ def _run(words, recipe, log, prepare, environment):
         return run_recipe(lambda: train_here(words) and None)
     sys.argv = [f"recipes/{recipe}", *words]
     runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
+
+
+def take_terminal(name: str) -> None:
+    """Give this process, as `Run` prepares it, a session of its own whose terminal this is."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(terminal, stream)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
 
 
 def ring(commands: Sequence[list], logs: Path, **options) -> list[Run]:

@@ -23,6 +23,7 @@ from processes import (
     finished,
     metrics,
     run_here,
+    take_terminal,
     training_words,
     without_times,
     write_corpus,
@@ -400,16 +401,6 @@ def test_a_terminal_that_is_closed(corpus, tmp_path):
     assert run.wait() == 129
     newest = max(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
     assert metrics(folder)[-1]["step"] <= newest < 100000
-
-
-def take_terminal(name: str) -> None:
-    """A session of its own, whose terminal this is."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    os.setsid()
-    terminal = os.open(name, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(terminal, stream)
-    sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
 
 
 def read_until_closed(terminal: int) -> None:

@@ -8,7 +8,6 @@ import re
 import runpy
 import select
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Run, take_terminal
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nanogpt_hf.common.errors import UserError
@@ -188,21 +188,13 @@ def test_help_fits_into_the_terminal(capsys, monkeypatch):
 class Pty:
     """A process at a terminal of its own."""
 
-    def __init__(self, *words, columns=80):
+    def __init__(self, recipe, *words, log, columns=80):
         self.screen = ""
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
-        )
-        os.close(slave)
+        terminal = (take_terminal, os.ttyname(slave))
+        self.run = Run(words, recipe=recipe, log=log, prepare=terminal, TERM="xterm")
+        self.slave = slave
 
     def wait_for(self, pattern, timeout=120):
         """What is printed up to a pattern; it is taken off the screen."""
@@ -219,13 +211,14 @@ class Pty:
         os.write(self.master, keys.encode())
 
     def close(self):
-        self.process.kill()
-        self.process.wait()
+        self.run.process.kill()
+        self.run.process.join()
+        os.close(self.slave)
         os.close(self.master)
 
 
 def test_a_prompt_that_stays_in_a_real_terminal(folders, tmp_path):
-    user = Pty(ROOT / "recipes" / "sample.py", folders["one"], "--seed", 1, "--use_cpu")
+    user = Pty("sample.py", folders["one"], "--seed", 1, "--use_cpu", log=tmp_path / "log")
     try:
         assert "context 32 tokens" in user.wait_for("\n> ")
         user.type("/max_new_tokens 30\n")
@@ -247,7 +240,7 @@ def test_a_prompt_that_stays_in_a_real_terminal(folders, tmp_path):
         user.type("/temperature -2\n")
         assert "at least 0" in user.wait_for("must be [^>]*> ")
         user.type("\x04")
-        assert user.process.wait(timeout=60) == 0
+        assert user.run.wait(60) == 0
     finally:
         user.close()
     assert len((tmp_path / "poem.txt").read_text(encoding="utf-8")) > 60
