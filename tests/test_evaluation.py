@@ -47,7 +47,7 @@ from recipes.compare import main as evaluate
 
 ROOT = Path(__file__).parents[1]
 TEXT = (
-    "Мороз и солнце; день чудесный! Ещё ты дремлешь, друг прелестный.\nThe frost, the sun: a 😀 day.\n" * 40
+    "Мороз и солнце; день чудесный! Ещё ты дремлешь, друг прелестный.\nThe frost, the sun: a 😀 day.\n" * 20
 )
 T = 16
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": T, "initializer_range": 0.3}

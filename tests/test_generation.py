@@ -120,8 +120,7 @@ def test_a_context_of_one_token():
     assert torch.equal(written(model, ids, 9, temperature=0), torch.cat(expected, dim=1))
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows, threads", [(1, 3), (5, 2)])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_products_split_over_threads_are_the_networks_own(kind, rows, threads):
     before = torch.get_num_threads()
