@@ -645,7 +645,7 @@ MENDED = [
     ("POST /api/models/NAME/commit/", {"status": 503, "retry_after": 0}),
     ("POST /api/models/NAME/commit/", {"reset": True, "times": 2}),
     ("POST /api/models/NAME/commit/", {"lost": True}),
-    ("POST /api/models/NAME/commit/", {"delay": 1.0}),
+    ("POST /api/models/NAME/commit/", {"delay": 0.6}),
 ]
 
 
@@ -654,7 +654,7 @@ def test_a_fault_that_passes_ends_in_one_commit(number, server, client, run_fold
     place, fault = MENDED[number]
     name = f"user/mended-{number}"
     set_fault = server.fail(*place.replace("NAME", name).split(), **fault)
-    options = {"timeout": 0.5} if "delay" in fault else {}
+    options = {"timeout": 0.3} if "delay" in fault else {}
     began = time.monotonic()
     url, error, printed = client.ask(PUSH, folder=str(run_folder), name=name, options=options)
     took = time.monotonic() - began
@@ -664,7 +664,7 @@ def test_a_fault_that_passes_ends_in_one_commit(number, server, client, run_fold
         assert "429: Too Many Requests), trying again in 1 s" in printed and took > 1
     if "delay" in fault:
         assert "ReadTimeout" in printed
-        time.sleep(1.0)  # by now the first commit has arrived too, and was refused
+        time.sleep(0.6)  # by now the first commit has arrived too, and was refused
         assert [r.status for r in server.requests if f"{name}/commit/" in r.path][-1] == 412
     assert commits(server, name) == 1 and "model.safetensors" in server.files(name)
 
