@@ -40,11 +40,12 @@ def measure_verse(
         "poems": len(texts),
         "metre": _mean(lines),
         "rhyme": _mean(pairs),
-        "rhyme_sounds": _mean([share for poem in poems if (share := _different_rhymes(poem)) is not None]),
         "whole": _mean([len(poem.lines) == len(form.scheme.stanza) for poem in poems]),
         "lines": len(lines) / max(1, len(texts)),
         "characters": _mean([len(text) for text in texts]),
     }
+    if shares := [share for poem in poems if (share := _different_rhymes(poem)) is not None]:
+        row["rhyme_sounds"] = _mean(shares)
     if any(training_texts):
         copied = metrics.load("memorization").compute(predictions=texts, references=training_texts)
         row["longest_overlap"] = copied["longest_overlap"]
@@ -60,7 +61,7 @@ def measure_written(
     """A row of the table for texts whose first line was given: that line counts for rhyme and number alone."""
     written = measure_verse(name, [text.partition("\n")[2] for text in texts], form, training_texts)
     whole = measure_verse(name, texts, form)
-    return written | {column: whole[column] for column in ("rhyme", "rhyme_sounds", "whole")}
+    return written | {column: whole[column] for column in ("rhyme", "rhyme_sounds", "whole") if column in whole}
 
 
 def _different_rhymes(poem: Poem) -> float | None:
