@@ -61,7 +61,9 @@ def measure_written(
     """A row of the table for texts whose first line was given: that line counts for rhyme and number alone."""
     written = measure_verse(name, [text.partition("\n")[2] for text in texts], form, training_texts)
     whole = measure_verse(name, texts, form)
-    return written | {column: whole[column] for column in ("rhyme", "rhyme_sounds", "whole") if column in whole}
+    return written | {
+        column: whole[column] for column in ("rhyme", "rhyme_sounds", "whole") if column in whole
+    }
 
 
 def _different_rhymes(poem: Poem) -> float | None:
