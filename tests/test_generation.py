@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_here, warm_interpreter
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,10 +18,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.pytorch_utils import Conv1D
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf.generation import layers
 from nanogpt_hf.generation.decoding import CachedDecoder, Sampler, StaticDecoder, make_decoder
 from nanogpt_hf.generation.text import generate_ids
+from nanogpt_hf.model.modeling_nanogpt import RMSNorm
 
 CONTEXT, V = 32, 97
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 48, "n_positions": CONTEXT, "vocab_size": V}
@@ -143,6 +147,35 @@ def test_products_split_over_threads_are_the_networks_own(kind, rows, threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs, outputs", [(6, 8), (5, 7)])  # halves and thirds, and neither
+@pytest.mark.parametrize("bias", [None, False, True])
+def test_a_product_split_over_threads_is_the_layers_own(bias, inputs, outputs, monkeypatch):
+    monkeypatch.setattr(layers, "SPLIT_FROM", 0)
+    layer = Conv1D(outputs, inputs) if bias is None else nn.Linear(inputs, outputs, bias)
+    before = torch.get_num_threads()
+    x = torch.randn(3, inputs)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(layers.plain(layer)(x), layer(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_bfloat16_is_divided_by_is_computed_in_float32():
+    norm, x = RMSNorm(64, eps=1e-6), torch.randn(200, 64).bfloat16()
+    error = layers.plain(norm)(x).float() - norm(x.float())
+    assert (error.abs() <= 1.01 * 2**-8 * norm(x.float()).abs()).all()  # the result's own rounding
+
+
+def test_weights_in_8_bits_are_the_nearest():
+    weight = torch.randn(50, 400, generator=torch.Generator().manual_seed(0))
+    rounded, scale = layers.round_to_8_bits(weight)
+    assert (weight - rounded * scale.float()[:, None]).abs().max() <= scale.float().max() / 2
 
 
 @pytest.mark.parametrize("rows", [1, 5])

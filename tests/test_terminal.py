@@ -151,8 +151,8 @@ def test_a_text_is_saved_into_a_new_file_only(capsys, tmp_path):
 
 
 def test_a_model_that_chats_remembers_until_it_is_told_to_forget(capsys):
-    model, tokenizer = make(2, TEMPLATE)
-    user = terminal(2, chat_template=TEMPLATE, seed=1, stop=["\n"])
+    model, tokenizer = make(10, TEMPLATE)
+    user = terminal(10, chat_template=TEMPLATE, seed=1, stop=["\n"])
 
     def answer(prompt):
         ids = encode(tokenizer, prompt).tolist()
@@ -164,9 +164,13 @@ def test_a_model_that_chats_remembers_until_it_is_told_to_forget(capsys):
     assert answers(user, capsys, "de") == [second + "\n"]
     answers(user, capsys, "/forget")
     assert answers(user, capsys, "abc") == [first + "\n"]
-    longer = answer(f"<user>abc\n<assistant>{first}")
+    more = answer(f"<user>abc\n<assistant>{first}")
     answers(user, capsys, "/more")
-    assert user.texts == [longer]
+    assert user.texts == [more]
+    last = answer(f"<user>abc\n<assistant>{first}{more}")
+    answers(user, capsys, "/more")
+    assert user.texts == [last] and len({first, second, more, last, ""}) == 5
+    assert user.writers[0].describe() == "model-10: 0.01M parameters, context 32 tokens, chats"
     with pytest.raises(UserError, match="has no chat template"):
         Writer("plain", *make(0), chats=True)
     plain = Writer("plain", *make(2, TEMPLATE), chats=False)

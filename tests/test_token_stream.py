@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanogpt_hf.data.token_stream import MappedIds, TokenStream, mix, permute
@@ -11,6 +11,8 @@ from nanogpt_hf.data.token_stream import MappedIds, TokenStream, mix, permute
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 @settings(max_examples=60, deadline=None)
+@example(size=5, key=0)  # as many bits as 8 take, and 2 are too few for one half of them
+@example(size=257, key=1)
 def test_permute_is_a_permutation(size, key):
     assert sorted(permute(np.arange(size), size, np.uint64(key))) == list(range(size))
 
@@ -70,6 +72,7 @@ def test_batch_is_pure_and_rows_agree_with_any_partition():
 
 @given(length=st.integers(10, 300), block=st.integers(1, 9), batch=st.integers(1, 7))
 @settings(max_examples=50, deadline=None)
+@example(length=10, block=9, batch=1)  # one window is all of it
 def test_evaluation_windows_predict_every_token_once(length, block, batch):
     stream = TokenStream(np.arange(length), block)
     seen = []
