@@ -38,7 +38,7 @@ from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.training import objectives, optimization, sharing_out, stepping
-from nanogpt_hf.training.hardware import describe_device, make_accelerator, settle
+from nanogpt_hf.training.hardware import asks_for_checkpointing, describe_device, make_accelerator, settle
 from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import make_optimizers
 from nanogpt_hf.training.stepping import Stepper, global_batch_size
@@ -144,7 +144,7 @@ def measure(preset: str, layout: str, batch: int, args: argparse.Namespace) -> d
     set_seed(settings.seed)
     with accelerator.device:  # initialised where it is fast
         model = NanoGPTForCausalLM(config)
-    if settings.gradient_checkpointing:
+    if asks_for_checkpointing():
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if args.token_ids:
         ids = np.load(args.token_ids, mmap_mode="r")

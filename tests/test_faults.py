@@ -34,7 +34,9 @@ from processes import (
 )
 from safetensors.torch import load_file
 
+from nanogpt_hf.training import heartbeat
 from nanogpt_hf.training.checkpoints import damage, list_checkpoints, newest_good, read_progress, step_of
+from nanogpt_hf.training.hardware import settle
 
 resource = pytest.importorskip("resource", reason="kills and limits are injected the POSIX way")
 pytestmark = pytest.mark.faults
@@ -468,11 +470,47 @@ def test_when_one_of_two_processes_dies_the_other_says_so_and_ends(corpus, tmp_p
     assert newest_good(folder / "checkpoints")[0] is not None
 
 
+def less_patience() -> None:
+    heartbeat.BEAT_SECONDS, heartbeat.PATIENCE = 0.1, 15
+
+
+@pytest.mark.parametrize("victim", [0, 1])  # the first one holds the store
+def test_when_one_of_two_processes_hangs_the_other_says_so_and_ends(corpus, tmp_path, victim):
+    folder = tmp_path / "run"
+    words = training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "10000")
+    runs = ring([words] * 2, tmp_path, prepare=(less_patience,))
+    runs[0].wait_for(folder / "checkpoints" / "step-10")
+    runs[victim].signal(signal.SIGSTOP)
+    assert "another process of this run has been silent for 1.5 seconds" in one_sentence(runs[1 - victim], 1)
+    runs[victim].signal(signal.SIGKILL)
+    assert newest_good(folder / "checkpoints")[0] is not None
+
+
+def work_alone() -> None:
+    """The first process works for twice as long as the second one's patience, which waits for it."""
+    less_patience()
+    accelerator = Accelerator(cpu=True)
+    with heartbeat.Heartbeat(accelerator):
+        time.sleep(3 * accelerator.is_main_process)
+    settle(accelerator)
+    sys.exit(0)
+
+
+def test_a_process_at_work_is_not_silent(tmp_path):
+    runs = ring([[], []], tmp_path, prepare=(work_alone,))
+    assert [run.wait() for run in runs] == [0, 0], [run.said() for run in runs]
+
+
 def test_both_of_two_processes_stop_at_the_same_step(corpus, tmp_path):
     folder = tmp_path / "run"
     words = training_words(folder, corpus, "--max_steps", "100000", "--eval_steps", "10000")
-    runs = ring([words] * 2, tmp_path)
+    runs = ring([words] * 2, tmp_path, prepare=(less_patience,))
     runs[0].wait_for(folder / "checkpoints" / "step-10")
+    for run in runs:  # Ctrl-Z first, for longer than anyone's patience
+        run.signal(signal.SIGSTOP)
+    time.sleep(2)
+    for run in runs:
+        run.signal(signal.SIGCONT)
     runs[1].signal(signal.SIGTERM)
     assert [run.wait() for run in runs] == [143, 143], [run.said() for run in runs]
     assert "stopped at step" in runs[0].said() and runs[1].said() == ""

@@ -122,6 +122,11 @@ def test_utf8_with_a_bad_byte_is_not_called_another_encoding(tmp_path):
     path = write(tmp_path / "a.txt", FOX.encode() * 2000 + b"\xff" + FOX.encode())
     message = refusal(path)
     assert f"at byte {len(FOX.encode()) * 2000}" in message and "iconv -c -f UTF-8 -t UTF-8" in message
+    cut = refusal(write(tmp_path / "b.txt", ("Привет. " * 40).encode()[:-1] + "я".encode()[:1]))
+    assert "iconv -c -f UTF-8 -t UTF-8" in cut
+    assert "it looks like CP1252" in refusal(
+        write(tmp_path / "c.txt", b"plain text " * 40 + "café".encode("cp1252"))
+    )
 
 
 @pytest.mark.parametrize(

@@ -422,7 +422,18 @@ class TestRewards:
             assert values[0] == best and 0 <= values[1] < best and values[2] == 0
         twice, prose, mixed = rewards.line_count(form)(["\n".join([STANZA] * 2), PROSE, f"{STANZA}\n\n…"])
         assert [*twice] == [0] * 8 and [*prose] == [0.5] * 2 and [*mixed] == [1] * 6
-        assert [*rewards.scan_lines([f"{STANZA}\n{PROSE}"], form)[0].metre] == [1, 1, 1, 1, 0, 0]
+        scanned = rewards.scan_lines([f"{STANZA}\n{PROSE}"], form)[0]
+        assert [*scanned.metre] == [1, 1, 1, 1, 0, 0] and [*scanned.feet[:4]] == [1] * 4
+
+    def test_a_line_is_worth_what_it_has_of_the_metre(self):
+        """Without its first syllable a line of iambs is out of place; with one too many it nearly fits."""
+        pytest.importorskip("silero_stress")
+        lines = (
+            "Мой дядя самых честных правил\nДядя самых честных правил\nМой дядя самых честных злых правил\n\n"
+        )
+        (scanned,) = rewards.scan_lines([lines], Form())
+        whole, shifted, longer, *empty = scanned.feet
+        assert whole == 1 and 0 <= shifted < longer < 1 and not any(empty)
 
     def test_a_stanza_all_on_one_rhyme_has_the_worth_of_one_pair(self):
         pytest.importorskip("silero_stress")

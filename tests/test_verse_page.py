@@ -31,6 +31,7 @@ def test_a_row_counts_lines_and_pairs_of_all_texts_together():
         "poems": 2,
         "metre": 4 / 6,
         "rhyme": 2 / 4,  # prose begins two pairs
+        "rhyme_sounds": 1,
         "whole": 1 / 2,
         "lines": 3,
         "characters": (len(STANZA) + len(PROSE)) / 2,
@@ -41,7 +42,14 @@ def test_a_row_counts_lines_and_pairs_of_all_texts_together():
     assert real["poems"] == 1 and real["metre"] == real["rhyme"] == 1 and "longest_overlap" not in real
     lines = table([row, real], VERSE_COLUMNS).splitlines()
     assert [cell.strip() for cell in lines[0].split("|")][1:5] == ["", "poems", "in metre", "rhymed"]
-    assert [cell.strip() for cell in lines[3].split("|")][1:6] == ["real", "1", "100.0%", "100.0%", ""]
+    assert [cell.strip() for cell in lines[3].split("|")][1:7] == [
+        "real",
+        "1",
+        "100.0%",
+        "100.0%",
+        "100%",
+        "",
+    ]
 
 
 def test_texts_without_verse_have_a_row():
@@ -84,3 +92,11 @@ def test_stresses_feet_and_rhymes_are_marked(page):
     assert "wrong" not in real and " off" not in real
     assert re.findall('<span class="letter">(.)<', prose) == list("Ab")
     assert prose.count('class="line off"') == 2 and "wrong" in prose
+
+
+def test_rhymes_all_on_one_sound_are_seen():
+    """A stanza of them fits any scheme."""
+    form, alike = Form(scheme=Scheme("aabb")), "ночь\nдочь\nпрочь\nточь"
+    assert measure_verse("alike", [alike], form)["rhyme"] == 1
+    assert measure_verse("alike", [alike], form)["rhyme_sounds"] == 1 / 2
+    assert measure_verse("unlike", ["ночь\nдочь\nдом\nлом"], form)["rhyme_sounds"] == 1

@@ -25,7 +25,8 @@ class RewardGroup(Settings):
 
     reward: list[str] = setting(
         ["metre", "rhyme", "lines"],
-        "metre, rhyme, lines (as many as the form has), or module:function, a function of a text to a number",
+        "metre, feet (how near a line comes to the metre), rhyme, lines (as many as the form has), or module:function, a "
+        "function of a text to a number",
         essential=True,
     )
     reward_weights: list[float] = setting([], "their weights, in the same order; default: all the same")

@@ -328,11 +328,15 @@ def _sample(path: Path) -> bytes:
 
 def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError:
     """What to say of a text in another encoding, with the command that converts it where one can be told."""
-    sample = error.object[max(0, error.start - AROUND) :][:SAMPLE]
+    cut = (
+        error.reason == "unexpected end of data"
+    )  # the last character's first bytes are all that the error holds
+    sample = _sample(path) if cut else error.object[max(0, error.start - AROUND) :][:SAMPLE]
     message = f"{path.name} is not UTF-8 {where}"
     decoded = sample.decode(errors="replace")
     bad = decoded.count("\N{REPLACEMENT CHARACTER}")
-    if sum(character > "\x7f" for character in decoded) > 10 * bad:
+    # Before a character that is cut one whole other is proof enough: in no other encoding would it look like UTF-8.
+    if sum(character > "\x7f" for character in decoded) > (1 if cut else 10) * bad:
         return UserError(
             f"{message}, but elsewhere; this leaves out what is not: {_iconv('-c -f UTF-8', path)}"
         )

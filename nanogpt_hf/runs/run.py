@@ -29,6 +29,7 @@ from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
 from ..training.objectives import LanguageModeling, Objective
 from ..training.reporting import check_trackers, read_metrics, say
+from ..training.run_folder import check_usable
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
 from .showing import Showing, sample_base
@@ -62,6 +63,8 @@ def start_with(settings: RunSettings, load: Callable[[], C]) -> tuple[Accelerato
     Raises:
         UserError: for a user's mistake, before anything is written.
     """
+    if not settings.dry_run:
+        check_usable(settings)
     check_trackers(settings.report_to)
     accelerator = make_accelerator(settings)
     if settings.push_to_hub and accelerator.is_main_process:

@@ -17,6 +17,7 @@ from .best_model import Show, find_repair, repair_best, replace_best, show_best,
 from .checkpoints import Progress, load_checkpoint, prune, save_checkpoint
 from .gpus import flops_per_token
 from .hardware import settle
+from .heartbeat import Heartbeat
 from .interruption import Interruption
 from .objectives import Objective
 from .optimization import learning_rates, make_optimizers, make_schedule
@@ -85,7 +86,7 @@ def train(
 
     patience = settings.early_stopping_patience or float("inf")
     ended = progress.step >= settings.max_steps or progress.evaluations_since_best >= patience
-    with Interruption(settings.max_minutes) as interruption:
+    with Heartbeat(accelerator), Interruption(settings.max_minutes) as interruption:
         if settings.eval_on_start and progress.step == 0 or ended and progress.best_loss is None:
             log.write(progress.step, **evaluate())
             keep_best()

@@ -95,22 +95,11 @@ def find_start(
     """
     check_agreement(accelerator, identity)
     folder = Path(settings.folder())
-    try:
-        used = check_folder(folder, settings.overwrite_output_dir)
-        if settings.overwrite_output_dir and settings.model_name_or_path:
-            check_base_stays(Path(settings.model_name_or_path), folder)
-        if settings.resume_from_checkpoint is None:
-            if used and not settings.overwrite_output_dir:
-                raise UserError(
-                    f"--output_dir {folder} is not empty: go on with --resume_from_checkpoint last, replace it with "
-                    "--overwrite_output_dir, or choose another folder."
-                )
-            return Progress(identity=identity), None
+    used = check_usable(settings)
+    if settings.resume_from_checkpoint is None:
+        return Progress(identity=identity), None
+    with _readable(folder):
         checkpoint = find_checkpoint(accelerator, settings.resume_from_checkpoint, folder, used)
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder} cannot be read ({error.strerror}): give another folder."
-        ) from error
     progress = read_progress(checkpoint)
     # What an earlier version did not note is not known to be another; but of the text it held out, None is what it had.
     changed = [
@@ -130,6 +119,35 @@ def find_start(
     if not used:
         progress.metrics_sha256 = text_sha256("")  # they begin anew
     return progress, checkpoint
+
+
+def check_usable(settings: RunSettings) -> bool:
+    """Whether there is something in the run folder already, which these settings go on with or overwrite.
+
+    Raises:
+        UserError: they do neither, or the folder cannot be used.
+    """
+    folder = Path(settings.folder())
+    with _readable(folder):
+        used = check_folder(folder, settings.overwrite_output_dir)
+        if settings.overwrite_output_dir and settings.model_name_or_path:
+            check_base_stays(Path(settings.model_name_or_path), folder)
+    if used and settings.resume_from_checkpoint is None and not settings.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {folder} is not empty: go on with --resume_from_checkpoint last, replace it with "
+            "--overwrite_output_dir, or choose another folder."
+        )
+    return used
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder} cannot be read ({error.strerror}): give another folder."
+        ) from error
 
 
 def batch_advice(accelerator: Accelerator, before: dict, now: dict) -> str:

@@ -21,9 +21,10 @@ import torch
 
 from ..common.errors import UserError
 from ..common.text import nearest
-from .scansion import LANGUAGES, Form, is_verse, scan
+from .metre import Metre
+from .scansion import LANGUAGES, Form, Line, is_verse, scan
 
-OF_FORM = ("metre", "rhyme", "lines")  # what a form says of a text
+OF_FORM = ("metre", "feet", "rhyme", "lines")  # what a form says of a text
 OF_LAST_WORD = ("rhyme",)  # what the last word of a line decides
 GUARDS = ("originality", "variety", "spelling", "stresses")
 Reward = Callable[
@@ -32,23 +33,26 @@ Reward = Callable[
 
 
 class Scanned(NamedTuple):
-    """A text's lines (split at newlines): from 0 to 1 of each, whether it is in metre and answers an earlier line's rhyme."""
+    """A text's lines (split at newlines): from 0 to 1 of each, whether it is in metre, how near it comes to it, and whether
+    it answers an earlier line's rhyme."""
 
     metre: np.ndarray
+    feet: np.ndarray
     rhyme: np.ndarray
 
 
 def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
-    """Metre and rhyme of each line. A rhyme is the work of the later line of its pair: the earlier one asks, and can only
+    """Metre, feet and rhyme of each line. A rhyme is the work of the later line of its pair: the earlier one asks, and can only
     choose what is easy to answer.
 
     Pairs that rhyme with one another too share the worth of one: a stanza all on one rhyme fits any scheme.
     """
     found = []
     for text, poem in zip(texts, scan(texts, form), strict=True):
-        scanned = Scanned(*np.zeros((2, text.count("\n") + 1)))
+        scanned = Scanned(*np.zeros((3, text.count("\n") + 1)))
         for number, line in zip(poem.numbers, poem.lines, strict=True):
             scanned.metre[number] = line.in_metre
+            scanned.feet[number] = near_metre(line, form.metre)
         rhymed = []
         for pair in poem.pairs:
             ending = poem.lines[pair.first].ending
@@ -58,6 +62,14 @@ def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
             scanned.rhyme[number] = 1 / sum(not sounds.isdisjoint(others) for _, others in rhymed)
         found.append(scanned)
     return found
+
+
+def near_metre(line: Line, metre: Metre) -> float:
+    """Share of a line's syllables that are in their places, less what it has too many or too few."""
+    count = len(line.syllables)
+    wanted = min(map(len, metre.patterns), key=lambda length: abs(length - count))
+    fitting = sum(syllable.fits for syllable in line.syllables)
+    return max(0, fitting - abs(wanted - count)) / max(wanted, count)
 
 
 class Scanner:
@@ -236,7 +248,7 @@ def load_reward(name: str) -> Reward:
 class Rewards:
     """Several rewards as one: their mean by weight, times each of the guards.
 
-    weights: name -> weight; metre, rhyme, lines, or a function of a text as module:function.
+    weights: name -> weight; metre, feet, rhyme, lines, or a function of a text as module:function.
     guards: of `GUARDS`. What they give 0, as originality a copy, is worth 0, however good it is otherwise.
     processes: that scan; 0 is this one.
 
@@ -275,7 +287,7 @@ class Rewards:
     def by_name(self, texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
         """What each reward gives each line of each text."""
         found = {name: reward(texts) for name, reward in self.others.items()}
-        if {"metre", "rhyme"} & self.weights.keys():
+        if set(Scanned._fields) & self.weights.keys():
             found |= dict(zip(Scanned._fields, map(list, zip(*self.scan(texts), strict=True)), strict=True))
         return found
 
