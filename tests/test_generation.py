@@ -166,6 +166,12 @@ def test_a_product_split_over_threads_is_the_layers_own(bias, inputs, outputs, m
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("make_norm", [nn.LayerNorm, RMSNorm])
+def test_a_norm_keeps_its_epsilon(make_norm):
+    norm, x = make_norm(16, eps=0.1), torch.randn(3, 16) / 10
+    torch.testing.assert_close(layers.plain(norm)(x), norm(x))
+
+
 def test_what_bfloat16_is_divided_by_is_computed_in_float32():
     norm, x = RMSNorm(64, eps=1e-6), torch.randn(200, 64).bfloat16()
     error = layers.plain(norm)(x).float() - norm(x.float())
@@ -208,7 +214,7 @@ def test_weights_in_8_bits_write_nearly_the_same(kind, rows):
 def test_weights_in_8_bits_are_for_our_models():
     theirs = GPT2LMHeadModel(GPT2Config(**SIZES)).eval()
     with pytest.raises(ValueError, match="weights of 8 bits need a CPU"):
-        make_decoder(theirs, Sampler(theirs), 1, 1, int8=True)
+        next(generate_ids(theirs, prompt(1, 3), 1, int8=True))
 
 
 def test_gpt2_of_transformers_goes_through_its_own_forward():

@@ -19,6 +19,7 @@ def test_numbers_are_mixed_as_splitmix64_mixes_them():
     """The first three outputs of its generator with the seed 0, as its author publishes them."""
     found = mix(np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     assert found.tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert mix(np.arange(1)) == found[0]
 
 
 def test_the_order_of_a_seed_is_that_of_earlier_versions():
@@ -31,6 +32,7 @@ def test_the_order_of_a_seed_is_that_of_earlier_versions():
         1, np.arange(0, 257, 64)
     )  # 257: one more than 8 bits hold
     assert starts.tolist() == [731, 727, 1019, 963, 291]
+    assert TokenStream(np.arange(13), 3).starts(2, np.arange(9)).tolist() == [5, 2, 8, 1, 4, 7, 2, 5, 8]
 
 
 def test_permutations_look_random():
