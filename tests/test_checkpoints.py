@@ -24,6 +24,7 @@ from nanogpt_hf.training.checkpoints import (
     prune,
     read_progress,
     save_checkpoint,
+    write_progress,
 )
 from nanogpt_hf.training.lora import add_adapter
 from nanogpt_hf.training.optimization import make_optimizers
@@ -176,6 +177,9 @@ def test_damaged_checkpoints_are_passed_over_with_a_sentence_each(tmp_path):
         )
     break_it(paths[0])
     assert newest_good(tmp_path)[0] is None and len(newest_good(tmp_path)[1]) == 3
+    with folder_written_whole(tmp_path / "step-20") as staging:
+        write_progress(Progress(step=20), staging)
+    assert "optimizer.safetensors" in damage(tmp_path / "step-20")  # which its manifest does not miss
 
 
 # --- which checkpoints are kept ---

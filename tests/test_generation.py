@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_here, warm_interpreter
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,10 +18,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.pytorch_utils import Conv1D
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
+from nanogpt_hf.generation import layers
 from nanogpt_hf.generation.decoding import CachedDecoder, Sampler, StaticDecoder, make_decoder
 from nanogpt_hf.generation.text import generate_ids
+from nanogpt_hf.model.modeling_nanogpt import RMSNorm
 
 CONTEXT, V = 32, 97
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 48, "n_positions": CONTEXT, "vocab_size": V}
@@ -144,6 +148,44 @@ def test_products_split_over_threads_are_the_networks_own(kind, rows, threads):
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("inputs, outputs", [(6, 8), (5, 7)])  # halves and thirds, and neither
+@pytest.mark.parametrize("bias", [None, False, True])
+def test_a_product_split_over_threads_is_the_layers_own(bias, inputs, outputs, monkeypatch):
+    monkeypatch.setattr(layers, "SPLIT_FROM", 0)
+    layer = Conv1D(outputs, inputs) if bias is None else nn.Linear(inputs, outputs, bias)
+    before = torch.get_num_threads()
+    x = torch.randn(3, inputs)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(layers.plain(layer)(x), layer(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("make_norm", [nn.LayerNorm, RMSNorm])
+def test_a_norm_keeps_its_epsilon(make_norm):
+    norm, x = make_norm(16, eps=0.1), torch.randn(3, 16) / 10
+    torch.testing.assert_close(layers.plain(norm)(x), norm(x))
+
+
+def test_what_bfloat16_is_divided_by_is_computed_in_float32():
+    norm, x = RMSNorm(64, eps=1e-6), torch.randn(200, 64).bfloat16()
+    error = layers.plain(norm)(x).float() - norm(x.float())
+    assert (error.abs() <= 1.01 * 2**-8 * norm(x.float()).abs()).all()  # the result's own rounding
+
+
+@pytest.mark.parametrize(
+    "dtype, steps", [(torch.float32, 0.501), (torch.bfloat16, 0.75)]
+)  # at 127 bfloat16 has halves
+def test_weights_in_8_bits_are_the_nearest(dtype, steps):
+    weight = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rounded, scale = layers.round_to_8_bits(weight)
+    assert ((weight.float() / scale.float()[:, None] - rounded).abs() <= steps).all()
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_weights_in_8_bits_write_nearly_the_same(kind, rows):
@@ -171,7 +213,7 @@ def test_weights_in_8_bits_write_nearly_the_same(kind, rows):
 def test_weights_in_8_bits_are_for_our_models():
     theirs = GPT2LMHeadModel(GPT2Config(**SIZES)).eval()
     with pytest.raises(ValueError, match="weights of 8 bits need a CPU"):
-        make_decoder(theirs, Sampler(theirs), 1, 1, int8=True)
+        next(generate_ids(theirs, prompt(1, 3), 1, int8=True))
 
 
 def test_gpt2_of_transformers_goes_through_its_own_forward():

@@ -27,7 +27,7 @@ from nanogpt_hf.generation.sampling_settings import SamplingSettings
 from nanogpt_hf.generation.showing import show
 from nanogpt_hf.generation.terminal import Terminal
 from nanogpt_hf.generation.text import generate_text
-from nanogpt_hf.generation.writer import Writer
+from nanogpt_hf.generation.writer import Writer, written_on
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefgh\n"
@@ -151,8 +151,8 @@ def test_a_text_is_saved_into_a_new_file_only(capsys, tmp_path):
 
 
 def test_a_model_that_chats_remembers_until_it_is_told_to_forget(capsys):
-    model, tokenizer = make(2, TEMPLATE)
-    user = terminal(2, chat_template=TEMPLATE, seed=1, stop=["\n"])
+    model, tokenizer = make(10, TEMPLATE)
+    user = terminal(10, chat_template=TEMPLATE, seed=1, stop=["\n"])
 
     def answer(prompt):
         ids = encode(tokenizer, prompt).tolist()
@@ -164,13 +164,24 @@ def test_a_model_that_chats_remembers_until_it_is_told_to_forget(capsys):
     assert answers(user, capsys, "de") == [second + "\n"]
     answers(user, capsys, "/forget")
     assert answers(user, capsys, "abc") == [first + "\n"]
-    longer = answer(f"<user>abc\n<assistant>{first}")
+    more = answer(f"<user>abc\n<assistant>{first}")
     answers(user, capsys, "/more")
-    assert user.texts == [longer]
+    assert user.texts == [more]
+    last = answer(f"<user>abc\n<assistant>{first}{more}")
+    answers(user, capsys, "/more")
+    assert user.texts == [last] and len({first, second, more, last, ""}) == 5
+    assert user.writers[0].describe() == "model-10: 0.01M parameters, context 32 tokens, chats"
     with pytest.raises(UserError, match="has no chat template"):
         Writer("plain", *make(0), chats=True)
     plain = Writer("plain", *make(2, TEMPLATE), chats=False)
-    assert plain.prompt("abc") == "abc"
+    assert plain.prompt("abc") == "abc" and plain.describe().endswith("32 tokens")
+
+
+def test_what_is_written_goes_on_with_the_last_message_alone():
+    said = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
+    answered = written_on(said, "b")
+    assert answered == [*said, {"role": "assistant", "content": "b"}]
+    assert written_on(answered, "c") == [*said, {"role": "assistant", "content": "bc"}]
 
 
 def test_help_fits_into_the_terminal(capsys, monkeypatch):

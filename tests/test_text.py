@@ -143,6 +143,9 @@ class TestEdges:
     def test_of_one_candidate_there_is_no_choice(self, options):
         assert sampled(self.LOGITS, temperature=1, seed=3, **options) == "b" * 60
 
+    def test_of_two_candidates_both_are_drawn(self):
+        assert set(sampled(self.LOGITS, temperature=1, seed=3, top_k=2)) == set("bc")
+
     def test_all_of_the_probability_and_more_than_the_vocabulary_change_nothing(self):
         plain = sampled(self.LOGITS, temperature=1, seed=5)
         assert set(plain) == set("abc")
@@ -234,7 +237,15 @@ def test_ids_are_a_prompt_too_with_special_tokens_for_what_they_are():
         next(stream_text(model, tokenizer, []))
 
 
+class OfSomebody(GPT2LMHeadModel):
+    """It knows no cache and no argument beside its text."""
+
+    def forward(self, input_ids, use_cache=None):
+        return super().forward(input_ids, use_cache=False)
+
+
 MODELS = {
+    "of somebody": lambda: OfSomebody(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2)),
     "bloom": lambda: BloomForCausalLM(
         BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=2, tie_word_embeddings=False)
     ),
@@ -245,7 +256,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_models_that_name_no_context_write_too(kind):
+def test_models_of_other_kinds_write_too(kind):
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
     for parameter in model.parameters():

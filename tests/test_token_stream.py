@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanogpt_hf.data.token_stream import MappedIds, TokenStream, mix, permute
@@ -19,6 +19,7 @@ def test_numbers_are_mixed_as_splitmix64_mixes_them():
     """The first three outputs of its generator with the seed 0, as its author publishes them."""
     found = mix(np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     assert found.tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert mix(np.arange(1)) == found[0]
 
 
 def test_the_order_of_a_seed_is_that_of_earlier_versions():
@@ -27,6 +28,11 @@ def test_the_order_of_a_seed_is_that_of_earlier_versions():
     assert starts.tolist() == [147, 499, 261, 661, 433, 17, 800, 704, 106]
     starts = TokenStream(np.arange(1000), 7).starts(2**40 + 3, np.arange(1000, 1004))
     assert starts.tolist() == [643, 748, 125, 503]
+    starts = TokenStream(np.arange(1032), 4).starts(
+        1, np.arange(0, 257, 64)
+    )  # 257: one more than 8 bits hold
+    assert starts.tolist() == [731, 727, 1019, 963, 291]
+    assert TokenStream(np.arange(13), 3).starts(2, np.arange(9)).tolist() == [5, 2, 8, 1, 4, 7, 2, 5, 8]
 
 
 def test_permutations_look_random():
@@ -70,6 +76,7 @@ def test_batch_is_pure_and_rows_agree_with_any_partition():
 
 @given(length=st.integers(10, 300), block=st.integers(1, 9), batch=st.integers(1, 7))
 @settings(max_examples=50, deadline=None)
+@example(length=10, block=9, batch=1)  # one window is all of it
 def test_evaluation_windows_predict_every_token_once(length, block, batch):
     stream = TokenStream(np.arange(length), block)
     seen = []

@@ -451,9 +451,20 @@ def test_divergence_is_nothing_at_the_start_and_grows(tokenizer):
 
 def test_the_last_word_of_a_line_ends_it(tokenizer):
     write = StanzaWriter(tokenizer, 9, 40, 1.0)
-    text = "is it one, two\nthree.\n\n"
+    text = "is it one, two \nor three.\n\n"
     marks = write._closing(np.array([tokenizer(text).input_ids]))[0]
-    assert "".join(sign for sign, closing in zip(text, marks, strict=True) if closing) == " two\nthree.\n\n"
+    assert "".join(sign for sign, closing in zip(text, marks, strict=True) if closing) == " two \n three.\n\n"
+
+
+def test_a_writer_writes_as_long_as_the_stanzas_and_as_many_texts_as_are_asked_for(tokenizer):
+    stanzas = ["a\nbcd\nefgh"] * 99 + ["a\n" + "b" * 60]
+    write = StanzaWriter.like(stanzas, tokenizer, 2, 1.0)
+    assert write.max_new_tokens == len("bcd") + 8  # the longest of a hundred does not decide
+    model = make(tokenizer).eval()
+    texts = write.write_on(model, ["ab", "c", "de"], 6, seed=1)
+    assert sorted(text.split("\n")[0] for text in texts) == ["ab", "ab", "c", "c", "de", "de"]
+    assert texts == write.write_on(model, ["ab", "c", "de"], 6, seed=1)
+    assert len(write.write_on(model, ["ab", "c"], 1, seed=1)) == 2
 
 
 def test_a_rare_reward_is_heard_beside_a_common_one(tokenizer):
