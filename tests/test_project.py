@@ -246,3 +246,25 @@ def test_launch_settings_are_what_accelerate_knows(path):
         "num_processes",
         "use_cpu",
     }
+
+
+def test_launch_settings_for_two_processes_train(tmp_path):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 60, encoding="utf-8")
+    sizes = "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --per_device_train_batch_size 4 --max_steps 4 --sample_length 20"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+            *(
+                "--config_file",
+                ROOT / "accelerate_configs" / "cpu_2_processes.yaml",
+                ROOT / "recipes" / "pretrain_char.py",
+            ),
+            *("--corpus", tmp_path / "text.txt", "--output_dir", tmp_path / "run", *sizes.split()),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 x 16 tokens" in done.stdout
