@@ -178,7 +178,7 @@ def test_a_model_that_chats_remembers_until_it_is_told_to_forget(capsys):
 
 
 def test_what_is_written_goes_on_with_the_last_message_alone():
-    said = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
+    said = [{"role": role, "content": role[0]} for role in ("system", "user")]
     answered = written_on(said, "b")
     assert answered == [*said, {"role": "assistant", "content": "b"}]
     assert written_on(answered, "c") == [*said, {"role": "assistant", "content": "bc"}]
