@@ -36,10 +36,10 @@ DEFAULTS = {
         learning_rate=3e-3,
         weight_decay=1.0,
         per_device_train_batch_size=16,
-        max_steps=4000,
+        max_steps=3500,
         logging_steps=50,
-        eval_steps=250,
-        save_steps=2000,
+        eval_steps=500,
+        save_steps=1750,
     ),
 }
 

@@ -21,10 +21,14 @@ DEFAULTS = {
         per_device_train_batch_size=64,
         gradient_accumulation_steps=1,
         lines=4,
+        drill_steps=0,
         max_steps=200,
+        optim="adamw",
         learning_rate=3e-3,
+        lr_scheduler_type="linear",
         text_coef=0.1,
         eval_texts=32,
+        logging_steps=1,
         eval_steps=40,
         save_steps=200,
     ),
@@ -32,7 +36,10 @@ DEFAULTS = {
 }
 GUARDS = ("originality", "variety", "spelling", "stresses")
 # A small model learns metre in ten minutes if it is told how near it comes, and hardly a rhyme.
-REWARDS = {"cpu": {"metre": 1, "feet": 1, "lines": 0.25}, "gpu": {"metre": 1, "rhyme": 2, "lines": 0.5}}
+REWARDS = {
+    "cpu": {"metre": 1, "feet": 1, "lines": 0.25},
+    "gpu": {"metre": 1, "endings": 1, "rhyme": 3, "lines": 2},
+}
 
 
 def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -28,6 +28,7 @@ from nanogpt_hf.training.completions import Completions, PackedWindows, pack
 from nanogpt_hf.training.policy_gradient import GroupRelativePolicy
 from nanogpt_hf.training.preferences import Pairs, Preferences, log_p
 from nanogpt_hf.training.stepping import accumulate_gradients
+from nanogpt_hf.verse.drills import Drill
 
 ROWS = [
     {"prompt": f"What is {a} and {b}?\n", "completion": f"It is {a + b}." * (1 + a % 3)}
@@ -422,6 +423,7 @@ def test_the_windows_hold_each_written_token_once_with_the_past_that_the_decoder
     own = objective._log_p(model(input_ids=inputs.flatten(0, 1)).logits, targets.flatten(0, 1))
     torch.testing.assert_close(own.view(at_start.shape), at_start, atol=1e-5, rtol=1e-4)
     assert (advantages[targets == -100] == 0).all()
+    assert (advantages[targets != -100] ** 2).mean() == pytest.approx(1)  # in their own size
 
 
 def test_the_gradient_is_that_of_advantage_times_log_p(tokenizer):
@@ -484,7 +486,48 @@ def test_a_rare_reward_is_heard_beside_a_common_one(tokenizer):
     assert np.abs(found[:, 1]).max() == 0  # nobody's second line is in metre, and its last word has not begun
     assert found[3, 3] > 3 * found[1, 0] > 0 and (found[[0, 1, 2], 3] < 0).all()
     assert np.abs(found[8:, 3]).max() == 0  # the other prompt's texts do not rhyme at all
-    assert (found**2).mean() == pytest.approx(1)
+
+
+class TwoDrills:
+    """A stand-in for drills: two stanzas, in which other lines answer."""
+
+    def draw(self, count, seed):
+        drills = [
+            Drill("an old hat,\nthe cat.\nit is long", [1]),
+            Drill("no\nmy dear\nso\nit is here", [2, 3]),
+        ]
+        return (drills * count)[:count]
+
+
+@pytest.mark.parametrize("context", [64, 24])
+def test_a_drill_teaches_the_words_that_answer_and_nothing_else(tokenizer, context):
+    objective = rewards_objective(
+        tokenizer, make(tokenizer, context), context, drills=TwoDrills(), drill_steps=2
+    )
+    inputs, targets, advantages, at_start = objective._drill(objective.drills, 0)
+    for row, (whole, taught) in enumerate(
+        [
+            ("an old hat,\nthe cat.\nit is long\n\n", " cat.\n"),
+            ("no\nmy dear\nso\nit is here\n", "so\n here\n"),
+        ]
+    ):
+        learnt = targets[row][targets[row] != -100]
+        assert tokenizer.decode(learnt) == whole
+        worth = advantages[row][targets[row] != -100]
+        assert tokenizer.decode(learnt[worth > 0]) == taught and (worth >= 0).all()
+        assert len(worth[worth > 0].unique()) == 1
+    assert inputs.shape == objective._write(2)[0].shape  # a recorded step takes both
+    assert (at_start[targets != -100] < 0).all()
+
+
+@pytest.mark.parametrize("drill_steps", [0, 2])
+def test_drills_come_first_and_then_every_third_step(tokenizer, drill_steps):
+    objective = rewards_objective(tokenizer, make(tokenizer), drills=TwoDrills(), drill_steps=drill_steps)
+    drilled = []
+    for step in range(8):
+        objective.batch(step, np.arange(16))
+        drilled.append(not objective.measured())  # nothing was written that could be worth anything
+    assert drilled == [step < drill_steps or (step - drill_steps) % 3 == 0 for step in range(8)]
 
 
 def test_what_is_forgotten_is_the_divergence_of_the_start(tokenizer):
@@ -528,5 +571,6 @@ def test_rewards_resume_exactly(base, tmp_path, monkeypatch):
     corpus.write_text("".join(poems * 5) + TEXT)
     more = ("--reward", "joy:joy", "--guards", "variety", "--form", "sonnet", "--scheme", "abab")
     more += ("--num_generations", "4", "--eval_texts", "4", "--table_texts", "8", "--reward_processes", "0")
+    more += ("--drill_steps", "3")
     folder = in_two_parts(tune_rewards, RewardSettings, base, corpus, tmp_path, *more)
     assert "before" in (folder / "verse.md").read_text()

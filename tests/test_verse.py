@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nanogpt_hf import metrics
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.verse import rewards, russian
+from nanogpt_hf.verse.drills import Drills
 from nanogpt_hf.verse.metre import FEET, Metre, align
 from nanogpt_hf.verse.readings import Ending, Reading
 from nanogpt_hf.verse.rhyme import Scheme, rhymes
@@ -405,6 +406,38 @@ class TestScan:
         assert poem.metre_share == poem.rhyme_share == 1
         assert scan([couplet.replace("thee", "you")], Form("en", scheme=Scheme("aa")))[0].rhyme_share == 0
         assert scan(["way see\nday see"], Form("en", scheme=Scheme("aa")))[0].rhyme_share == 0
+
+
+class TestDrills:
+    def test_answers_rhyme_and_lines_stay_in_metre(self, stanzas):
+        form = FORMS["onegin"]
+        drawn = Drills(stanzas, form).draw(200, seed=1)
+        poems = scan([drill.text for drill in drawn], form)
+        rhymed = []
+        for drill, poem in zip(drawn, poems, strict=True):
+            answered = {pair.second for pair in poem.pairs if pair.rhymed}
+            rhymed += [line in answered for line in drill.answers]
+        assert len(rhymed) > 6 * len(drawn)  # of seven
+        assert mean(rhymed) > 0.995  # the metre of a line may want a homograph's other reading
+        before = mean(poem.metre_share for poem in scan(stanzas, form))
+        assert abs(mean(poem.metre_share for poem in poems) - before) < 0.02
+
+    def test_words_at_the_ends_are_exchanged_and_a_seed_is_a_draw(self, stanzas):
+        drills = Drills(stanzas[:1], FORMS["onegin"])
+        drawn = drills.draw(20, seed=2)
+        assert drawn == drills.draw(20, seed=2) != drills.draw(20, seed=3)
+        assert len({drill.text for drill in drawn}) > 15
+        own = [line.split(" ")[:-1] for line in stanzas[0].split("\n")]
+        assert all([line.split(" ")[:-1] for line in drill.text.split("\n")] == own for drill in drawn)
+
+    def test_the_first_lines_of_a_form_alone(self, stanzas):
+        drawn = Drills(stanzas, Form(scheme=Scheme("AbAb"))).draw(30, seed=3)
+        assert all(drill.text.count("\n") == 3 and set(drill.answers) <= {2, 3} for drill in drawn)
+
+    def test_what_cannot_be_exchanged_is_refused(self):
+        pytest.importorskip("silero_stress")
+        with pytest.raises(UserError, match="no rhyme in the 1 stanzas can be exchanged .* --drill_steps 0"):
+            Drills(["Мороз и солнце\nДень чудесный"], Form(scheme=Scheme("aa")))
 
 
 STANZA = "Мой дядя самых честных правил,\nКогда не в шутку занемог,\nОн уважать себя заставил\nИ лучше выдумать не мог."

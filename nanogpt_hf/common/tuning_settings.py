@@ -9,7 +9,6 @@ from .settings import (
     BaseSettings,
     DataSettings,
     FinetuningSettings,
-    HardwareSettings,
     LengthSettings,
     OptimizerSettings,
     Settings,
@@ -25,8 +24,8 @@ class RewardGroup(Settings):
 
     reward: list[str] = setting(
         ["metre", "rhyme", "lines"],
-        "metre, feet (how near a line comes to the metre), rhyme, lines (as many as the form has), or module:function, a "
-        "function of a text to a number",
+        "metre, feet (how near a line comes to the metre), endings (feminine and masculine as the scheme has them), rhyme, "
+        "lines (as many as the form has), or module:function, a function of a text to a number",
         essential=True,
     )
     reward_weights: list[float] = setting([], "their weights, in the same order; default: all the same")
@@ -45,6 +44,12 @@ class RewardGroup(Settings):
         None, "lines of a text, the given one among them; default: the form's; fewer are written faster", ge=2
     )
     num_generations: int = setting(16, "texts for one prompt, that are compared with each other", ge=2)
+    drill_steps: float = setting(
+        0.5,
+        "first steps, less than 1: this part of the run, that learn to rhyme from stanzas of the corpus in which other words "
+        "rhyme each time; after them the model's own texts are rewarded, and one step in three is a drill; 0: no drills",
+        ge=0,
+    )
     temperature: float = setting(0.8, "at which they are written", gt=0)
     beta: float = setting(0.02, "weight of the divergence from the model at the start (KL)", ge=0)
     text_coef: float = setting(
@@ -83,21 +88,21 @@ class RewardSettings(RewardGroup, TuningSettings):
     KIND = "verse"
     DECIDES = (
         *("reward", "reward_weights", "guards", "form", "foot", "feet", "scheme", "lines"),
-        *("num_generations", "temperature", "beta", "text_coef"),
+        *("num_generations", "temperature", "beta", "text_coef", "drill_steps"),
     )
 
     corpus: str = changed(DataSettings, "corpus", "tiny_pushkin")
-    max_steps: int | None = changed(LengthSettings, "max_steps", 130)
+    max_steps: int | None = changed(LengthSettings, "max_steps", 1240)
     per_device_train_batch_size: int = changed(LengthSettings, "per_device_train_batch_size", 128)
-    gradient_accumulation_steps: int = changed(LengthSettings, "gradient_accumulation_steps", 4)
+    gradient_accumulation_steps: int = changed(LengthSettings, "gradient_accumulation_steps", 1)
+    optim: Literal["adamw", "muon"] = changed(OptimizerSettings, "optim", "muon")
+    muon_learning_rate: float = changed(OptimizerSettings, "muon_learning_rate", 0.01)
     learning_rate: float = changed(OptimizerSettings, "learning_rate", 1e-3)
-    warmup_steps: int = changed(OptimizerSettings, "warmup_steps", 10)
-    logging_steps: int = changed(LengthSettings, "logging_steps", 1)
-    eval_steps: int = changed(LengthSettings, "eval_steps", 26)
-    save_steps: int = changed(LengthSettings, "save_steps", 130)
-    torch_compile: bool | None = changed(
-        HardwareSettings, "torch_compile", False
-    )  # it would take as long as it saves
+    lr_scheduler_type: str = changed(OptimizerSettings, "lr_scheduler_type", "warmup_stable_decay")
+    warmup_steps: float = changed(OptimizerSettings, "warmup_steps", 10)
+    logging_steps: int = changed(LengthSettings, "logging_steps", 5)
+    eval_steps: int = changed(LengthSettings, "eval_steps", 310)
+    save_steps: int = changed(LengthSettings, "save_steps", 310)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..data.tokenization import encode
+from ..data.tokenization import encode, encode_each
 from .text import generate_ids
 
 
@@ -83,7 +83,7 @@ class StanzaWriter:
         P = prompts.shape[1]
         options: dict[str, Any] = {"temperature": self.temperature, "seed": seed}
         ids = torch.from_numpy(prompts).long()
-        new, state = [], self._begin(len(prompts))
+        new, state = [], self._begin(len(prompts), given=1)
         for step in generate_ids(model, ids, self.max_new_tokens, **options):
             new.append(step.cpu().numpy())
             state = self._follow(new[-1], *state)
@@ -91,9 +91,18 @@ class StanzaWriter:
                 break
         return self._cut(np.concatenate((prompts, np.stack(new, axis=1)), axis=1), P)
 
-    def _begin(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """After the given line: whether a text is over, its newlines, and whether it ends in one; each B."""
-        return np.zeros(rows, bool), np.ones(rows, int), np.ones(rows, bool)
+    def as_if_written(self, texts: Sequence[str], length: int) -> Written:
+        """Whole texts as if they had been written on nothing but an empty line, all of so many tokens at most."""
+        prompt, *rests = encode_each(self.tokenizer, ["\n\n", *(f"{text}\n\n" for text in texts)])
+        ids = np.full((len(texts), length), self.tokenizer.eos_token_id)
+        for row, rest in zip(ids, rests, strict=True):
+            whole = np.concatenate((prompt, rest))[:length]
+            row[: len(whole)] = whole
+        return self._cut(ids, len(prompt), given=0)
+
+    def _begin(self, rows: int, given: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """After so many given lines: whether a text is over, its newlines, and whether it ends in one; each B."""
+        return np.zeros(rows, bool), np.full(rows, given), np.ones(rows, bool)
 
     def _follow(
         self, token: np.ndarray, over: np.ndarray, count: np.ndarray, last: np.ndarray
@@ -103,9 +112,9 @@ class StanzaWriter:
         over = over | self.blank[token] | (self.begins[token] & last) | (count >= self.lines)
         return over, count, self.ends[token]
 
-    def _cut(self, ids: np.ndarray, P: int) -> Written:
+    def _cut(self, ids: np.ndarray, P: int, given: int = 1) -> Written:
         new = ids[:, P:]
-        over, count, last = self._begin(len(ids))
+        over, count, last = self._begin(len(ids), given)
         lengths, lines = np.zeros(len(ids), int), np.zeros(new.shape, int)
         for place in range(new.shape[1]):
             lines[:, place] = count

@@ -27,6 +27,7 @@ from ..training.preferences import Pairs, Preferences
 from ..training.reporting import say
 from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
+from ..verse.drills import Drills
 from ..verse.metre import Metre
 from ..verse.rewards import Rewards, scan_lines, spare_cores
 from ..verse.rhyme import Scheme
@@ -191,6 +192,7 @@ def rewards_objective(
     write = StanzaWriter.like(first.stanzas, tokenizer, lines, settings.temperature)
     context: int = settings.n_positions
     longest = write.by_length([*first.to_learn, *first.held_out])[-1].shape[1] + write.max_new_tokens
+    learnt = [stanza for stanza in first.stanzas if stanza.partition("\n")[0].strip() not in first.held_out]
     T = min(context, -(-longest // 64) * 64)  # no window is longer than the texts are
     return GroupRelativePolicy(
         accelerator,
@@ -202,6 +204,7 @@ def rewards_objective(
         TokenStream(corpus.ids("train", tokenizer), T, accelerator.device, corpus.name),
         validation_stream(tokenizer, corpus, context, accelerator.device),
         corpus.characters("validation"),
+        Drills(learnt, rewards.form) if settings.drill_steps else None,
         batch_size=global_batch_size(settings, accelerator),
         group=settings.num_generations,
         beta=settings.beta,
@@ -209,7 +212,14 @@ def rewards_objective(
         seed=settings.seed,
         eval_texts=settings.eval_texts,
         micro_batch=settings.per_device_train_batch_size,
+        drill_steps=drill_steps(settings),
     )
+
+
+def drill_steps(settings: RewardSettings) -> int:
+    """How many steps at the start of a resolved run are drills."""
+    steps = settings.drill_steps
+    return round(steps if steps >= 1 else steps * settings.max_steps)
 
 
 def write_pairs(

@@ -8,6 +8,10 @@ batch is used for one update, where the clipped ratio of their formula is 1 and 
 The divergence from the model at the start is a penalty in the loss, by their estimator exp(d) - d - 1 with
 d = log p_start - log p.
 
+A small model rhymes one pair of lines in a hundred, and of what hardly ever happens rewards teach nothing. So drills come
+first (`verse/drills.py`), and now and then afterwards: stanzas in place of the model's own texts, whose words that answer
+a rhyme have an advantage, which makes the same formula their likelihood.
+
 Beside it stands what the model has forgotten of the text that the base was trained on: the Kullback-Leibler divergence
 of the start from it on windows of that text. The plain loss on the text (Ouyang et al. 2022, InstructGPT: PPO-ptx) does
 harm where the text is small and has been read many times: the model learns it by heart, and its validation loss rose
@@ -35,11 +39,13 @@ from transformers import PreTrainedModel
 from ..data.token_stream import TokenStream, mix, permute
 from ..generation.stanza_writer import StanzaWriter, Written
 from ..model.loading import context_length
+from ..verse.drills import Drills
 from ..verse.rewards import OF_LAST_WORD, Rewards
 from .evaluation import evaluate_split
 from .objectives import Batch, Objective
 
 LEAST_SPREAD = 0.02  # of a reward, which one lucky line would else make a mountain of
+DRILL_EVERY = 3  # steps, after the first ones, which are all drills
 TEXT_EVERY = 4  # one window of text for so many texts that the model writes
 
 
@@ -67,6 +73,7 @@ class GroupRelativePolicy(Objective):
         batch_size: texts of the global batch.
         group: texts for one prompt.
         beta: weight of the divergence from the start. text_coef: weight of what is forgotten of the text.
+        drills: for the first drill_steps, and one step in `DRILL_EVERY` after them; None: there are none.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class GroupRelativePolicy(Objective):
         train: TokenStream,
         validation: TokenStream,
         characters: int,
+        drills: Drills | None = None,
         *,
         batch_size: int,
         group: int,
@@ -88,6 +96,7 @@ class GroupRelativePolicy(Objective):
         seed: int,
         eval_texts: int,
         micro_batch: int,
+        drill_steps: int = 0,
     ):
         self.accelerator, self.model, self.write, self.rewards = accelerator, model, write, rewards
         self.start = copy.deepcopy(model).requires_grad_(False).eval()
@@ -95,10 +104,12 @@ class GroupRelativePolicy(Objective):
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         self.scribe = copy.deepcopy(self.start).to(dtype)
         self.prompts, self.held_out = write.by_length(prompts), write.by_length(held_out)
+        self.longest = self.prompts[-1].shape[1] + write.max_new_tokens
         self.train, self.validation, self.characters = train, validation, characters
         self.batch_size, self.group, self.seed, self.eval_texts = batch_size, group, seed, eval_texts
         self.beta, self.text_coef, self.micro_batch = beta, text_coef, micro_batch
         self.context = context_length(model)
+        self.drills, self.drill_steps = drills, drill_steps
         self.tokens_per_step = batch_size * write.max_new_tokens
         self.step = -1
         self.made: Any = None
@@ -114,26 +125,44 @@ class GroupRelativePolicy(Objective):
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:
         if self.step != step:
-            self.step, self.made = step, self._write(step)
+            later = step - self.drill_steps
+            if self.drills is not None and (later < 0 or later % DRILL_EVERY == 0):
+                self.step, self.made = step, self._drill(self.drills, step)
+            else:
+                self.step, self.made = step, self._write(step)
         processes, first = self.accelerator.num_processes, self.accelerator.process_index
         own = torch.as_tensor((rows - first) // processes, device=self.accelerator.device)
         text, _ = self.train.batch(self.seed, step, self.batch_size, rows[::TEXT_EVERY])
         return *(part[own].flatten(0, 1) for part in self.made), text
 
+    def _drill(self, drills: Drills, step: int) -> Batch:
+        """What `_write` returns, of drills: the words that answer have the same advantage, and nothing else has any."""
+        drawn = drills.draw(self._own_share(), self._seed(step))
+        read = self.write.as_if_written([drill.text for drill in drawn], self.longest)
+        K = self.write.lines
+        answers = np.zeros((len(drawn), K + 1), bool)
+        for row, drill in zip(answers, drawn, strict=True):
+            row[drill.answers] = True
+        worth = read.closing & np.take_along_axis(answers, read.lines.clip(max=K), axis=1)
+        self.newest = {}
+        return self._judged(read, worth.astype(float))
+
     def _write(self, step: int) -> Batch:
         """What this process writes for a step, in windows of S T: inputs, targets, advantages, log p at the start."""
-        accelerator = self.accelerator
-        count = self.batch_size // accelerator.num_processes
-        prompts = np.repeat(self.choose(step, count // self.group), self.group, axis=0)
-        seed = int(mix(np.uint64(self.seed + 1)) ^ np.uint64(step * accelerator.num_processes)) >> 1
-        written = self.write(self._as_it_is(), prompts, seed + accelerator.process_index)
+        prompts = np.repeat(self.choose(step, self._own_share() // self.group), self.group, axis=0)
+        written = self.write(self._as_it_is(), prompts, self._seed(step))
         given = self.rewards.by_name(written.texts)
         self.newest = {f"reward_{name}": _mean_without_first(parts) for name, parts in given.items()}
         self.newest["reward"] = _mean_without_first(self.rewards.combined(given))
         self.newest["written_tokens"] = float(written.lengths.mean())
-        advantages = self._advantages(written, self.rewards.guarded(given))
-        inputs, targets, spread = self._windows(written, advantages, prompts.shape[1])
-        return inputs, targets, spread, self._log_p_at_start(inputs, targets)
+        return self._judged(written, self._advantages(written, self.rewards.guarded(given)))
+
+    def _own_share(self) -> int:
+        return self.batch_size // self.accelerator.num_processes
+
+    def _seed(self, step: int) -> int:
+        processes, own = self.accelerator.num_processes, self.accelerator.process_index
+        return (int(mix(np.uint64(self.seed + 1)) ^ np.uint64(step * processes)) >> 1) + own
 
     @torch.no_grad()
     def _as_it_is(self) -> PreTrainedModel:
@@ -162,20 +191,26 @@ class GroupRelativePolicy(Objective):
             better *= self.rewards.weights[name] / max(spread, LEAST_SPREAD)
             part = np.take_along_axis(better, written.lines.clip(max=K - 1), axis=1)
             total += part * written.closing if name in OF_LAST_WORD else part
-        counts = np.arange(total.shape[1]) < written.lengths[:, None]
-        return total / max(1e-6, np.sqrt((total[counts] ** 2).mean()))
+        return total
 
-    def _windows(self, written: Written, advantages: np.ndarray, P: int) -> Batch:
+    def _judged(self, written: Written, advantages: np.ndarray) -> Batch:
+        """Texts with the advantage of each new token (B N), which is measured in its own size over the batch."""
+        counts = np.arange(advantages.shape[1]) < written.lengths[:, None]
+        advantages = advantages / max(1e-6, np.sqrt((advantages[counts] ** 2).mean()))
+        inputs, targets, spread = self._windows(written, advantages)
+        return inputs, targets, spread, self._log_p_at_start(inputs, targets)
+
+    def _windows(self, written: Written, advantages: np.ndarray) -> Batch:
         """The texts as the decoder read them: a full context is halved, and its later half begins the next window.
 
         Returns:
             Inputs, targets (-100 where nothing was written) and advantages, each B S T.
         """
         T, stride = self.train.block_size, self.context + 1 - self.context // 2
-        length = P + self.write.max_new_tokens
-        S = 1 + max(0, -(-(length - T - 1) // stride))
+        S = 1 + max(0, -(-(self.longest - T - 1) // stride))
         room = (S - 1) * stride + T + 1
         rows, N = advantages.shape
+        P = written.ids.shape[1] - N
         ids, targets = np.zeros((rows, room), np.int64), np.full((rows, room), -100)
         spread = np.zeros((rows, room), np.float32)
         ids[:, : P + N] = written.ids

@@ -24,8 +24,8 @@ from ..common.text import nearest
 from .metre import Metre
 from .scansion import LANGUAGES, Form, Line, is_verse, scan
 
-OF_FORM = ("metre", "feet", "rhyme", "lines")  # what a form says of a text
-OF_LAST_WORD = ("rhyme",)  # what the last word of a line decides
+OF_FORM = ("metre", "feet", "endings", "rhyme", "lines")  # what a form says of a text
+OF_LAST_WORD = ("endings", "rhyme")  # what the last word of a line decides
 GUARDS = ("originality", "variety", "spelling", "stresses")
 Reward = Callable[
     [Sequence[str]], list[np.ndarray]
@@ -33,28 +33,32 @@ Reward = Callable[
 
 
 class Scanned(NamedTuple):
-    """A text's lines (split at newlines): from 0 to 1 of each, whether it is in metre, how near it comes to it, and whether
-    it answers an earlier line's rhyme."""
+    """A text's lines (split at newlines): from 0 to 1 of each, whether it is in metre, how near it comes to it, whether it
+    ends as its letter in the scheme wants, and whether it answers an earlier line's rhyme."""
 
     metre: np.ndarray
     feet: np.ndarray
+    endings: np.ndarray
     rhyme: np.ndarray
 
 
 def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
-    """Metre, feet and rhyme of each line. A rhyme is the work of the later line of its pair: the earlier one asks, and can only
-    choose what is easy to answer.
+    """Metre, feet, ending and rhyme of each line. A rhyme is the work of the later line of its pair: the earlier one asks,
+    and can only choose what is easy to answer.
 
     Pairs that rhyme with one another too share the worth of one: a stanza all on one rhyme fits any scheme.
     """
     found = []
     for text, poem in zip(texts, scan(texts, form), strict=True):
-        scanned = Scanned(*np.zeros((3, text.count("\n") + 1)))
+        scanned = Scanned(*np.zeros((4, text.count("\n") + 1)))
         for number, line in zip(poem.numbers, poem.lines, strict=True):
             scanned.metre[number] = line.in_metre
             scanned.feet[number] = near_metre(line, form.metre)
         rhymed = []
         for pair in poem.pairs:
+            for at in (pair.first, pair.second):
+                if at is not None and (own := poem.lines[at].ending) is not None:
+                    scanned.endings[poem.numbers[at]] = form.scheme.fits(pair.letter, own)
             ending = poem.lines[pair.first].ending
             if pair.rhymed and pair.second is not None and ending is not None:
                 rhymed.append((poem.numbers[pair.second], ending.sounds))
@@ -84,6 +88,9 @@ class Scanner:
             self.pool = ProcessPoolExecutor(
                 processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
             )
+            self.pool.map(
+                scan_lines, [[]] * processes, [form] * processes
+            )  # they import while the model is loaded
 
     def __call__(self, texts: Sequence[str]) -> list[Scanned]:
         if self.pool is None:
@@ -248,7 +255,7 @@ def load_reward(name: str) -> Reward:
 class Rewards:
     """Several rewards as one: their mean by weight, times each of the guards.
 
-    weights: name -> weight; metre, feet, rhyme, lines, or a function of a text as module:function.
+    weights: name -> weight; metre, feet, endings, rhyme, lines, or a function of a text as module:function.
     guards: of `GUARDS`. What they give 0, as originality a copy, is worth 0, however good it is otherwise.
     processes: that scan; 0 is this one.
 

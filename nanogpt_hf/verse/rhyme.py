@@ -52,5 +52,9 @@ class Scheme:
         """Whether two endings rhyme, both of the kind that their letter wants; None, a missing line, does not."""
         if one is None or other is None or not rhymes(one, other):
             return False
+        return self.fits(letter, one) and self.fits(letter, other)
+
+    def fits(self, letter: str, ending: Ending) -> bool:
+        """Whether an ending is of the kind that a letter wants."""
         mixed = not (self.letters.isupper() or self.letters.islower())
-        return not mixed or all(letter.isupper() == (ending.tail > 0) for ending in (one, other))
+        return not mixed or letter.isupper() == (ending.tail > 0)
