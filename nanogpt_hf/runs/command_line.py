@@ -75,7 +75,7 @@ def earlier(cls: type[RunSettings], values: Values) -> dict[str, Any]:
     if asked is None:
         return {}
     if asked == "last":
-        checkpoints = Path(cls(**values).folder()) / "checkpoints"
+        checkpoints = Path(os.path.expanduser(values["output_dir"] or cls(**values).folder())) / "checkpoints"
         found = [path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
         newest_first = sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
     else:

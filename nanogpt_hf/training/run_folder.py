@@ -3,10 +3,7 @@
 import hashlib
 import json
 import math
-import os
 import re
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.files import MANIFEST, UNFINISHED, delete, delete_left_overs, one_writer
 from ..common.paths import is_hub_id
-from ..common.recipes import command, recipes
 from ..common.settings import OF_A_START, FinetuningSettings, RunSettings, public_values
-from ..common.text import printable, without_home
+from ..common.text import without_home
 from ..data.corpora import AnyCorpus
 from ..model import NanoGPTConfig
 from ..model.bases import describe_base
 from .checkpoints import Progress, damage, list_checkpoints, newest_good, prune, read_progress
+from .commands import commands
 from .reporting import library_versions, say, text_sha256, write_yaml
 
 # What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
@@ -36,7 +33,6 @@ MADE_BY_A_RUN = (
     "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py samples_before.txt merged progress.json "
     f"chat_template.jinja verse.json verse.md {MANIFEST}"
 ).split()
-PATHS = ("corpus", "validation_file", "tokenizer", "model_name_or_path", "config", *OF_A_START)
 
 
 SHAPE = (
@@ -309,7 +305,7 @@ def open_run_folder(
                 "characters": corpus.characters("train") + corpus.characters("validation"),
             },
             **({"base": describe_base(base)} if (base := settings.model_name_or_path) else {}),
-            **_commands(earlier, progress.step, changed),
+            **commands(earlier, progress.step, changed),
             "identity": identity,
             "tokenizer_tokens": len(tokenizer),
             **({"tokenizer_hub_id": source} if source not in ("char", "bpe") and is_hub_id(source) else {}),
@@ -348,60 +344,6 @@ def _changes(earlier: dict, values: dict[str, Any]) -> dict[str, list]:
         for name, value in values.items()
         if name not in OF_A_START and earlier.get(name, value) != value
     }
-
-
-def _commands(earlier: dict | None, step: int, changed: dict[str, list]) -> dict[str, Any]:
-    """The command that the run began with, and those that it went on with: from which step, and what they changed.
-
-    Args:
-        earlier: what was in run.yaml; None for a run that begins.
-    """
-    this = command_line()
-    if earlier is None:
-        return {"command": this}
-    record = earlier.get("record")
-    record = record if isinstance(record, dict) else {}
-    history = record.get("history")
-    before = [
-        entry
-        for entry in (history if isinstance(history, list) else [])
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= step
-    ]
-    return {
-        "command": record.get("command"),
-        "history": [*before, {"step": step, "command": this, "changed": changed}],
-    }
-
-
-def command_line() -> str | None:
-    """The command of this process as it may be shown, if it is one of the recipes: how it was launched, and names
-    instead of paths that only this machine has."""
-    script, *words = sys.argv
-    name = Path(script).stem
-    if name not in recipes() or recipes()[name].resolve() != Path(script).resolve():
-        return None
-    start, processes = command(name), os.environ.get("WORLD_SIZE", "1")
-    launcher = None
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        launcher = "accelerate launch" + (f" --num_processes {processes}" if processes != "1" else "")
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = f"torchrun --nproc_per_node {processes}"
-    if launcher:
-        start = re.sub("^python", launcher, re.sub("^nanogpt ", f"{launcher} -m nanogpt_hf ", start))
-    return f"{start} {shlex.join(_without_paths(words))}".strip()
-
-
-def _without_paths(words: list[str]) -> list[str]:
-    """A command line whose paths from the root, the home or above are their last parts."""
-    shown, setting = [], ""
-    for word in words:
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        setting = flag.removeprefix("--").replace("-", "_") or setting
-        value = without_home(printable(value))
-        if setting in PATHS and (os.path.isabs(value) or value.startswith(("~", os.pardir))):
-            value = os.path.basename(value.rstrip("/\\"))
-        shown.append(flag + equals + value)
-    return shown
 
 
 def note_evaluation(progress: Progress, loss: float) -> bool:
