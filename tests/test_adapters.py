@@ -19,6 +19,7 @@ from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.settings import FinetuningSettings
 from nanogpt_hf.data.tokenization import extend_tokenizer, train_bpe_tokenizer
 from nanogpt_hf.training.lora import (
+    adapter_size,
     add_adapter,
     called_projections,
     describe_trained,
@@ -132,15 +133,17 @@ def test_what_trains_is_counted():
     model = ours()
     total = model.num_parameters()
     assert describe_trained(model) == (
-        f"{total:,} of {total:,} parameters (100.00%); weights {4 * total / 2**20:,.1f} MiB, gradients and "
-        f"AdamW {12 * total / 2**20:,.1f} MiB, activations come on top"
+        f"all of it; weights {4 * total / 2**20:,.1f} MiB, gradients and AdamW {12 * total / 2**20:,.1f} MiB, activations "
+        "come on top"
     )
     model = ours(n_embd=256)
-    total, trained = model.num_parameters(), model.lm_head.weight.numel()
-    model.requires_grad_(False).lm_head.weight.requires_grad_(True)
+    own = model.num_parameters()
+    add_adapter(model, replace(SETTINGS, lora_r=64, target_modules=["mlp"]), [])
+    trained = sum(p.numel() for name, p in model.named_parameters() if "lora" in name)
+    assert adapter_size(model) == trained > 100_000 and model.num_parameters() == own + trained
     assert describe_trained(model) == (
-        f"{trained:,} of {total:,} parameters ({trained / total:.2%}); weights {4 * total / 2**20:,.1f} MiB, gradients "
-        f"and AdamW {12 * trained / 2**20:,.1f} MiB, activations come on top"
+        f"an adapter of {trained:,} parameters, {trained / own:.2%} of the model's; weights "
+        f"{4 * (own + trained) / 2**20:,.1f} MiB, gradients and AdamW {12 * trained / 2**20:,.1f} MiB, activations come on top"
     )
 
 

@@ -27,6 +27,7 @@ from ..training.best_model import show_best
 from ..training.checkpoints import Progress
 from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
+from ..training.lora import adapter_size
 from ..training.objectives import LanguageModeling, Objective
 from ..training.reporting import check_trackers, read_metrics, say
 from ..training.run_folder import check_usable
@@ -194,6 +195,7 @@ def describe(
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
+    own = model.num_parameters() - adapter_size(model)
     rate = f"{settings.optim}, learning rate {settings.learning_rate:g}"
     if settings.optim == "muon":
         rate = (
@@ -211,7 +213,7 @@ def describe(
         *corpus.reading,
         f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {describe_tokens(tokenizer)}",
         *corpus.remarks(tokenizer),
-        f"model      {getattr(config, 'architecture', config.model_type)}, {model.num_parameters() / 1e6:.2f}M parameters: "
+        f"model      {getattr(config, 'architecture', config.model_type)}, {own / 1e6:.2f}M parameters: "
         f"{config.num_hidden_layers} layers, {f'{heads} heads, ' if heads else ''}width {config.hidden_size}, context "
         f"{context_length(model)}",
         *lines,
