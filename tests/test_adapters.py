@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import (
+    CTRLConfig,
+    CTRLLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -82,6 +84,15 @@ def test_short_names_and_ends_of_names_mean_projections(make, names, expected):
 def test_another_name_is_answered_with_those_that_there_are(name, message):
     with pytest.raises(ValueError, match=message):
         find_targets(ours(), ["mlp", name])
+
+
+def test_a_projection_that_has_a_number_is_named_with_what_holds_it():
+    model = CTRLLMHeadModel(CTRLConfig(vocab_size=40, n_positions=8, n_embd=16, dff=24, n_layer=1, n_head=2))
+    attention = ["Wk", "Wq", "Wv", "dense"]
+    known = [f"multi_head_attention.{name}" for name in attention]
+    names = ", ".join(sorted(["all", "attention", "mlp", "ffn.0", "ffn.2", *attention, *known]))
+    with pytest.raises(ValueError, match=f"use {names}.$"):
+        find_targets(model, ["zzz"])
 
 
 @pytest.mark.parametrize("training", [True, False])
