@@ -224,6 +224,10 @@ def test_what_is_no_base_is_refused(tmp_path):
     (tmp_path / "other" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an adapter, and a base is a whole model"):
         load_base(other)
+    with pytest.raises(
+        ValueError, match=r"nobody/base cannot .*; without the Hub, give a folder or smollm2-135m\.$"
+    ):
+        load_base("nobody/base")
 
 
 def test_projections_that_only_lend_their_weights_are_left_out():

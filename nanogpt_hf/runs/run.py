@@ -17,6 +17,7 @@ from ..common.errors import UserError
 from ..common.files import delete, files_written_whole
 from ..common.recipes import command
 from ..common.settings import RunSettings, public_values
+from ..common.text import counted
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.token_stream import TokenStream
 from ..data.tokenization import describe_tokens
@@ -195,6 +196,7 @@ def describe(
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
+    heads = f"{counted(heads, 'head')}, " if heads else ""
     own = model.num_parameters() - adapter_size(model)
     rate = f"{settings.optim}, learning rate {settings.learning_rate:g}"
     if settings.optim == "muon":
@@ -214,7 +216,7 @@ def describe(
         f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {describe_tokens(tokenizer)}",
         *corpus.remarks(tokenizer),
         f"model      {getattr(config, 'architecture', config.model_type)}, {own / 1e6:.2f}M parameters: "
-        f"{config.num_hidden_layers} layers, {f'{heads} heads, ' if heads else ''}width {config.hidden_size}, context "
+        f"{counted(config.num_hidden_layers, 'layer')}, {heads}width {config.hidden_size}, context "
         f"{context_length(model)}",
         *lines,
         f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens"

@@ -25,7 +25,7 @@ from ..common.paths import asks_the_hub, check_model_name
 from ..common.recipes import command
 from ..common.settings import FinetuningSettings
 from ..common.text import first_line, nearest, without_home
-from ..model.bases import local_checkpoint
+from ..model.bases import PACKAGED, local_checkpoint
 from ..model.checking import find_file
 from ..model.conversion import as_native
 from ..model.loading import load_causal_lm, load_native, put_on_base, suppress_padding
@@ -55,7 +55,8 @@ def load_base(name: str, whole: bool = False, **options: Any) -> PreTrainedModel
     try:
         config = PreTrainedConfig.get_config_dict(folder)[0]
     except OSError as error:
-        raise UserError(f"the base {name} cannot be loaded: {first_line(error)}.") from error
+        advice = "" if os.path.isdir(name) else f"; without the Hub, give a folder or {' or '.join(PACKAGED)}"
+        raise UserError(f"the base {name} cannot be loaded: {first_line(error)}{advice}.") from error
     kind = (config.get("architectures") or [""])[0]
     if config.get("model_type") in ("gpt2", "nanogpt") and (
         "For" not in kind or kind.endswith("ForCausalLM")
