@@ -211,7 +211,7 @@ more = {
     "pretrain": ("--preset gpt5",),
     "pretrain_char": (
         *("--preset bbaby", "--lr_scheduler_type zigzag", "--report_to excel", "--max_steps -3", "--bf16 --fp16"),
-        *("--document_end (", "--hub_model_id a/b/c"),
+        *("--document_end (", "--hub_model_id a/b/c", "--preset cpu --output_dir nanogpt_hf"),
     ),
     "share": ("--model nanogpt_hf --hub_model_id a/b/c",),
     "tune_verse": ("--seed -1",),

@@ -16,6 +16,7 @@ from ..common.presets import find_preset
 from ..common.settings import OF_A_START, DataSettings, RunSettings
 from ..data.sources import check_corpora
 from ..data.splits import compiled
+from ..training.used_folder import check_usable
 
 R = TypeVar("R", bound=RunSettings)
 SHAPE = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner".split()  # which a base brings with it
@@ -38,6 +39,8 @@ def read_settings(cls: type[R], description: str | None, defaults: Callable[[Val
         os.environ.get("RANK", "0") == "0"
     ):  # the first process of this very run may have begun before the others look
         check_no_writer(Path(settings.folder()))
+        if not settings.dry_run:
+            check_usable(settings)
     return settings
 
 

@@ -31,9 +31,9 @@ from ..training.hardware import asks_for_checkpointing, describe_device, make_ac
 from ..training.lora import adapter_size
 from ..training.objectives import LanguageModeling, Objective
 from ..training.reporting import check_trackers, read_metrics, say
-from ..training.run_folder import check_usable
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
+from ..training.used_folder import check_usable
 from .showing import Showing, sample_base
 
 R = TypeVar("R", bound=RunSettings)

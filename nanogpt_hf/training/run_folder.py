@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
-from ..common.files import MANIFEST, UNFINISHED, delete, delete_left_overs, one_writer
+from ..common.files import delete, delete_left_overs, one_writer
 from ..common.paths import is_hub_id
 from ..common.settings import OF_A_START, FinetuningSettings, RunSettings, public_values
 from ..common.text import without_home
@@ -25,15 +25,7 @@ from ..model.bases import describe_base
 from .checkpoints import Progress, damage, list_checkpoints, newest_good, prune, read_progress
 from .commands import commands
 from .reporting import library_versions, say, text_sha256, write_yaml
-
-# What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
-MADE_BY_A_RUN = (
-    "checkpoints trackers wandb README.md metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
-    "model.safetensors adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json "
-    "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py samples_before.txt merged progress.json "
-    f"chat_template.jinja verse.json verse.md {MANIFEST}"
-).split()
-
+from .used_folder import MADE_BY_A_RUN, check_usable, readable
 
 SHAPE = (
     "architecture norm positions qk_norm mlp bias n_layer n_head n_embd n_inner n_positions vocab_size rope_theta "
@@ -94,7 +86,7 @@ def find_start(
     used = check_usable(settings)
     if settings.resume_from_checkpoint is None:
         return Progress(identity=identity), None
-    with _readable(folder):
+    with readable(folder):
         checkpoint = find_checkpoint(accelerator, settings.resume_from_checkpoint, folder, used)
     progress = read_progress(checkpoint)
     # What an earlier version did not note is not known to be another; but of the text it held out, None is what it had.
@@ -115,35 +107,6 @@ def find_start(
     if not used:
         progress.metrics_sha256 = text_sha256("")  # they begin anew
     return progress, checkpoint
-
-
-def check_usable(settings: RunSettings) -> bool:
-    """Whether there is something in the run folder already, which these settings go on with or overwrite.
-
-    Raises:
-        UserError: they do neither, or the folder cannot be used.
-    """
-    folder = Path(settings.folder())
-    with _readable(folder):
-        used = check_folder(folder, settings.overwrite_output_dir)
-        if settings.overwrite_output_dir and settings.model_name_or_path:
-            check_base_stays(Path(settings.model_name_or_path), folder)
-    if used and settings.resume_from_checkpoint is None and not settings.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {folder} is not empty: go on with --resume_from_checkpoint last, replace it with "
-            "--overwrite_output_dir, or choose another folder."
-        )
-    return used
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder} cannot be read ({error.strerror}): give another folder."
-        ) from error
 
 
 def batch_advice(accelerator: Accelerator, before: dict, now: dict) -> str:
@@ -187,38 +150,6 @@ def check_agreement(accelerator: Accelerator, identity: dict) -> None:
     if accelerator.num_processes > 1 and (accelerator.gather(own) != own).any():
         raise UserError(
             "the processes have read different texts, or were given different settings: start them again."
-        )
-
-
-def check_folder(folder: Path, overwrite: bool) -> bool:
-    """Whether there is something in the folder.
-
-    Raises:
-        UserError: it is no folder, leads elsewhere, or overwriting it would delete what no run has made.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: give a folder.")
-    if (folder / "checkpoints").is_symlink() and not overwrite:
-        raise UserError(
-            f"{folder / 'checkpoints'} is a symbolic link: put the folder itself there, or let --output_dir be on "
-            "the other disk."
-        )
-    made = [name for name in MADE_BY_A_RUN if (folder / name).exists()]
-    if overwrite and made and not (folder / "run.yaml").exists():
-        raise UserError(
-            f"--output_dir {folder} holds {made[0]} but no run.yaml, so no run has made it: it is not overwritten, "
-            "choose another folder."
-        )
-    return folder.exists() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
-
-
-def check_base_stays(base: Path, folder: Path) -> None:
-    """Raises UserError when to overwrite the folder would delete the base that the run starts from."""
-    base, folder = base.resolve(), folder.resolve()
-    deleted = {folder / name for name in MADE_BY_A_RUN}
-    if base == folder or deleted & {base, *base.parents}:
-        raise UserError(
-            f"--overwrite_output_dir would delete the base {base.name}: give another --output_dir."
         )
 
 
