@@ -15,6 +15,7 @@ one) in 2,000 is held out, as usual for OpenWebText: small, because pretraining 
 """
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{index['dtype'][-1]} bytes a token"
         )
     tell(f"{settings.folder()}, {time.perf_counter() - started:.1f} s")
-    tell(f"train on it   {command('pretrain')} --corpus {settings.folder()}")
+    tell(f"train on it   {command('pretrain')} --corpus {shlex.quote(settings.folder())}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The way of every run: what comes before the training loop and after it, whatever makes the model."""
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -287,5 +288,5 @@ def describe_result(accelerator: Accelerator, corpus: AnyCorpus, progress: Progr
         *bits_words(read_metrics(folder / "metrics.jsonl"), corpus),
         *memory_words(accelerator.device),
         f"run folder      {folder}",
-        f"more samples    {command('sample')} --model {folder}",
+        f"more samples    {command('sample')} --model {shlex.quote(str(folder))}",
     )
