@@ -19,8 +19,10 @@ from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.files import files_written_whole, written_if_possible
 from nanogpt_hf.common.paths import check_unused
+from nanogpt_hf.common.presets import find_preset
 from nanogpt_hf.common.settings import Settings, setting
 from nanogpt_hf.common.tables import table
+from nanogpt_hf.training.gpus import find_gpu
 
 BUDGET_COLUMNS = {
     "tokens_by": ("tokens by", "{}"),
@@ -87,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(PlanSettings, __doc__, argv)
     if settings.output_dir and not settings.overwrite_output_dir:
         check_unused(settings.output_dir, ("plan.json", "memory.png"))
+    preset = find_preset(settings.preset)
+    gpu = find_gpu(settings.gpu, settings.gpu_memory_gib, settings.gpu_tflops)
     from nanogpt_hf.analysis.planning import (  # with torch, which takes seconds
         LAYOUT_SIZES,
         RESERVED,
@@ -98,14 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan_layout,
         usual_layouts,
     )
-    from nanogpt_hf.model import find_preset
     from nanogpt_hf.model.loading import make_config
-    from nanogpt_hf.training.gpus import find_gpu
 
-    preset, gpu = (
-        find_preset(settings.preset),
-        find_gpu(settings.gpu, settings.gpu_memory_gib, settings.gpu_tflops),
-    )
     fields = {name: value for name in CONFIG_FIELDS if (value := getattr(settings, name))}
     fields = ({} if preset.vocab_size else {"vocab_size": CHARACTERS}) | fields
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)

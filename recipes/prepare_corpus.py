@@ -15,6 +15,7 @@ one) in 2,000 is held out, as usual for OpenWebText: small, because pretraining 
 """
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.paths import check_model_name
 from nanogpt_hf.common.recipes import command
 from nanogpt_hf.common.settings import TextSettings, changed, setting, short_name
+from nanogpt_hf.common.text import counted
 from nanogpt_hf.data.sources import check_corpora
 
 
@@ -74,11 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     characters = sum(split["characters"] for split in index["splits"].values())
     for name, split in index["splits"].items():
         tell(
-            f"{name:10} {split['tokens']:,} tokens, {split['documents']:,} documents, {split['characters']:,} "
-            f"characters ({split['characters'] / characters:.2%}) in {len(split['shards'])} shards of {index['dtype']}"
+            f"{name:10} {split['tokens']:,} tokens, {counted(split['documents'], 'document')}, {split['characters']:,} "
+            f"characters ({split['characters'] / characters:.2%}) in {counted(len(split['shards']), 'shard')} of "
+            f"{index['dtype'][-1]} bytes a token"
         )
     tell(f"{settings.folder()}, {time.perf_counter() - started:.1f} s")
-    tell(f"train on it   {command('pretrain')} --corpus {settings.folder()}")
+    tell(f"train on it   {command('pretrain')} --corpus {shlex.quote(settings.folder())}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.common.presets import find_preset
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.runs.command_line import preset_here, read_settings
 
@@ -58,7 +59,6 @@ SEQUENCES_AT_ONCE = {
 def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
     """By preset, length, corpus and number of processes."""
     from nanogpt_hf.data.shards import is_shards
-    from nanogpt_hf.model.presets import find_preset
     from nanogpt_hf.runs import budget
     from nanogpt_hf.training.hardware import device_type
 

@@ -18,7 +18,7 @@ from nanogpt_hf.common.cli import Values, parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.paths import check_model_name
 from nanogpt_hf.common.settings import setting
-from nanogpt_hf.common.text import spelt_out
+from nanogpt_hf.common.text import counted, spelt_out
 from nanogpt_hf.generation.prompt_files import read_prompt, read_prompts, write_texts
 from nanogpt_hf.generation.sampling_settings import SamplingSettings
 
@@ -93,7 +93,7 @@ def main() -> None:
         Terminal(writers, settings).run()
     elif settings.output_file:
         number = write_texts(Path(settings.output_file), writers, prompts, settings, count)
-        tell(f"written to {settings.output_file}: {number} text{'s' * (number != 1)}")
+        tell(f"written to {settings.output_file}: {counted(number, 'text')}")
     else:
         for words in prompts:
             asked = [writer.prompt(words) for writer in writers]

@@ -23,7 +23,7 @@ from typing import Literal
 
 from nanogpt_hf.common.cli import parse, run_recipe, tell
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.paths import check_folder, check_model_name
+from nanogpt_hf.common.paths import check_folder, check_model_name, check_repo_id
 from nanogpt_hf.common.settings import Format, Settings, setting
 
 
@@ -75,6 +75,8 @@ class ShareSettings(Settings):
 def main() -> None:
     settings = parse(ShareSettings, __doc__)
     check_folder(settings.from_nanogpt or settings.model)
+    if settings.hub_model_id:
+        check_repo_id(settings.hub_model_id)
     if settings.from_nanogpt:
         check_model_name(settings.tokenizer)
     from nanogpt_hf.sharing.export import base_of, export_run  # with torch, which takes seconds

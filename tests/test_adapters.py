@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import (
+    CTRLConfig,
+    CTRLLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -19,6 +21,7 @@ from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.settings import FinetuningSettings
 from nanogpt_hf.data.tokenization import extend_tokenizer, train_bpe_tokenizer
 from nanogpt_hf.training.lora import (
+    adapter_size,
     add_adapter,
     called_projections,
     describe_trained,
@@ -83,6 +86,15 @@ def test_another_name_is_answered_with_those_that_there_are(name, message):
         find_targets(ours(), ["mlp", name])
 
 
+def test_a_projection_that_has_a_number_is_named_with_what_holds_it():
+    model = CTRLLMHeadModel(CTRLConfig(vocab_size=40, n_positions=8, n_embd=16, dff=24, n_layer=1, n_head=2))
+    attention = ["Wk", "Wq", "Wv", "dense"]
+    known = [f"multi_head_attention.{name}" for name in attention]
+    names = ", ".join(sorted(["all", "attention", "mlp", "ffn.0", "ffn.2", *attention, *known]))
+    with pytest.raises(ValueError, match=f"use {names}.$"):
+        find_targets(model, ["zzz"])
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_looking_for_projections_leaves_the_model_and_the_random_numbers_alone(training):
     model = ours(embd_pdrop=0.5).train(training)
@@ -132,15 +144,17 @@ def test_what_trains_is_counted():
     model = ours()
     total = model.num_parameters()
     assert describe_trained(model) == (
-        f"{total:,} of {total:,} parameters (100.00%); weights {4 * total / 2**20:,.1f} MiB, gradients and "
-        f"AdamW {12 * total / 2**20:,.1f} MiB, activations come on top"
+        f"all of it; weights {4 * total / 2**20:,.1f} MiB, gradients and AdamW {12 * total / 2**20:,.1f} MiB, activations "
+        "come on top"
     )
     model = ours(n_embd=256)
-    total, trained = model.num_parameters(), model.lm_head.weight.numel()
-    model.requires_grad_(False).lm_head.weight.requires_grad_(True)
+    own = model.num_parameters()
+    add_adapter(model, replace(SETTINGS, lora_r=64, target_modules=["mlp"]), [])
+    trained = sum(p.numel() for name, p in model.named_parameters() if "lora" in name)
+    assert adapter_size(model) == trained > 100_000 and model.num_parameters() == own + trained
     assert describe_trained(model) == (
-        f"{trained:,} of {total:,} parameters ({trained / total:.2%}); weights {4 * total / 2**20:,.1f} MiB, gradients "
-        f"and AdamW {12 * trained / 2**20:,.1f} MiB, activations come on top"
+        f"an adapter of {trained:,} parameters, {trained / own:.2%} of the model's; weights "
+        f"{4 * (own + trained) / 2**20:,.1f} MiB, gradients and AdamW {12 * trained / 2**20:,.1f} MiB, activations come on top"
     )
 
 
@@ -210,6 +224,10 @@ def test_what_is_no_base_is_refused(tmp_path):
     (tmp_path / "other" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an adapter, and a base is a whole model"):
         load_base(other)
+    with pytest.raises(
+        ValueError, match=r"nobody/base cannot .*; without the Hub, give a folder or smollm2-135m\.$"
+    ):
+        load_base("nobody/base")
 
 
 def test_projections_that_only_lend_their_weights_are_left_out():

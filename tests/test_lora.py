@@ -30,7 +30,7 @@ from nanogpt_hf.data.tokenization import (
 )
 from nanogpt_hf.model.loading import load_model_and_tokenizer
 from nanogpt_hf.sharing.export import export
-from nanogpt_hf.training.lora import describe_trained, extend_embedding, load_base, load_merged
+from nanogpt_hf.training.lora import extend_embedding, load_base, load_merged
 
 ROOT = Path(__file__).parents[1]
 ENGLISH = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n" * 40
@@ -312,14 +312,6 @@ def test_a_new_token_begins_as_the_mean_of_its_pieces(places):
         if "\ufffd" not in after.decode([token]):
             mean = model.transformer.wte.weight[pieces].mean(dim=0)
             torch.testing.assert_close(model.lm_head.weight[token], mean)
-
-
-def test_what_trains_is_told_with_its_memory():
-    model = NanoGPTForCausalLM(NanoGPTConfig(vocab_size=1024, n_embd=256, n_layer=1, n_head=2, n_positions=8))
-    count = model.num_parameters()
-    words = "{0:,} of {0:,} parameters (100.00%); weights {1:.1f} MiB, gradients and AdamW {2:.1f} MiB, "
-    memory = count * 4 / 2**20, count * 3 * 4 / 2**20  # a gradient and two moments
-    assert describe_trained(model) == words.format(count, *memory) + "activations come on top"
 
 
 # --- mistakes ---

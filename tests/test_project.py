@@ -206,8 +206,19 @@ ANSWERED = """
 import runpy, sys
 from pathlib import Path
 
+more = {
+    "plan": ("--preset gpt5", "--gpu a1000"),
+    "pretrain": ("--preset gpt5",),
+    "pretrain_char": (
+        *("--preset bbaby", "--lr_scheduler_type zigzag", "--report_to excel", "--max_steps -3", "--bf16 --fp16"),
+        *("--document_end (", "--hub_model_id a/b/c", "--preset cpu --output_dir nanogpt_hf"),
+    ),
+    "share": ("--model nanogpt_hf --hub_model_id a/b/c",),
+    "tune_verse": ("--seed -1",),
+}
 for script in sorted(Path("recipes").glob("*.py")):
     for words, status in (
+        *((line.split(), 2) for line in more.get(script.stem, ())),
         (["--help"], 0),
         (["--zzz", "3"], 2),
         (["--config", "accelerate_configs/cpu.yaml"], 2),

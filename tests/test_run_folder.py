@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt_hf.common import files
 from nanogpt_hf.common.files import MANIFEST, delete_left_overs, files_written_whole
-from nanogpt_hf.training.run_folder import command_line
+from nanogpt_hf.training.commands import command_line, going_on
 
 pytest.importorskip("fcntl", reason="signals and kills are sent the POSIX way")
 pytestmark = pytest.mark.faults
@@ -350,6 +350,10 @@ def test_the_launcher_is_the_one_that_was_used(environment, command, monkeypatch
     monkeypatch.setattr(sys, "argv", ["recipes/pretrain_char.py", *words.split()])
     shown = "--corpus=my.txt --corpus '*.txt' --output_dir runs/a --document_end '~/end'"
     assert command_line() == f"{command} {shown}"
+    goes_on = "python recipes/pretrain_char.py --output_dir 'my runs' --resume_from_checkpoint last"
+    if "WORLD_SIZE" in environment:  # nobody tells a process of several how they were launched
+        goes_on = "the same command and --resume_from_checkpoint last"
+    assert going_on(Path("my runs")) == goes_on
 
 
 def test_settings_that_had_no_effect_are_not_in_the_card(whole, corpus, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import FinetuningSettings, TrainingSettings, default_folder, public_values
+from nanogpt_hf.common.tuning_settings import CompletionSettings
 from nanogpt_hf.generation.sampling_settings import SamplingSettings
 from nanogpt_hf.runs.command_line import earlier
 
@@ -203,6 +204,15 @@ def test_settings_come_back_from_their_file(values):
 )
 def test_a_run_is_called_by_its_corpus(corpus, folder):
     assert default_folder(corpus, "char") == str(Path("runs", folder))
+
+
+def test_a_run_goes_on_of_which_the_folder_alone_is_said(tmp_path):
+    (tmp_path / "run.yaml").write_text("corpus: a.jsonl\nmodel_name_or_path: runs/base\n")
+    words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"]
+    settings = parse(
+        CompletionSettings, None, words, earlier=lambda values: earlier(CompletionSettings, values)
+    )
+    assert (settings.corpus, settings.model_name_or_path) == ("a.jsonl", "runs/base")
 
 
 def test_a_run_of_an_earlier_version_goes_on_without_what_it_did_not_have(tmp_path):

@@ -177,6 +177,11 @@ def test_a_model_that_chats_remembers_until_it_is_told_to_forget(capsys):
     assert plain.prompt("abc") == "abc" and plain.describe().endswith("32 tokens")
 
 
+def test_a_model_is_loaded_for_its_device_in_its_precision(folders):
+    model = Writer.load(folders["one"], "meta", torch.bfloat16).model
+    assert model.device.type == "meta" and model.dtype == torch.bfloat16
+
+
 def test_what_is_written_goes_on_with_the_last_message_alone():
     said = [{"role": role, "content": role[0]} for role in ("system", "user")]
     answered = written_on(said, "b")

@@ -107,6 +107,12 @@ def test_a_text_ends_before_the_first_stop_string(text, stop):
     assert written(tokenizer, "a", encode(tokenizer, text).tolist(), stop=stop) == expected
 
 
+def test_of_a_stop_string_twice_in_one_token_the_first_counts():
+    tokenizer = make_tokenizer("bpe", ["haha" * 50], 259)
+    ids = encode(tokenizer, "haha").tolist()
+    assert len(ids) == 1 and written(tokenizer, "a", ids, stop=["a"]) == "h"
+
+
 def fixed(logits):
     """A GPT-2 that gives every position the same logits, and a tokenizer of its size."""
     tokenizer = make_tokenizer("char", ["abcd"], 0)
@@ -233,6 +239,7 @@ def test_ids_are_a_prompt_too_with_special_tokens_for_what_they_are():
     model, tokenizer = fixed({"a": 1.0, "b": 2.0})
     ids = [*encode(tokenizer, "ab").tolist(), tokenizer.eos_token_id]
     assert generate_text(model, tokenizer, ids, max_new_tokens=4, temperature=0) == ["bbbb"]
+    assert generate_text(model, tokenizer, ids, max_new_tokens=4, temperature=0, stop=["bbb"]) == [""]
     with pytest.raises(ValueError, match="the prompt is empty"):
         next(stream_text(model, tokenizer, []))
 

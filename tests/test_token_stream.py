@@ -6,6 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nanogpt_hf.data import token_stream
 from nanogpt_hf.data.token_stream import MappedIds, TokenStream, mix, permute
 
 
@@ -70,6 +71,9 @@ def test_batch_is_pure_and_rows_agree_with_any_partition():
     for parts in (2, 3, 12):
         rows = [again.batch(1, 5, 12, np.arange(rank, 12, parts))[0] for rank in range(parts)]
         assert torch.equal(torch.cat(rows).sort(dim=0).values, x.sort(dim=0).values)
+    assert torch.equal(
+        x, stream.batch(1, 0, 72, slice(60, 72))[0]
+    )  # the rows of all steps follow one another
     assert not torch.equal(x, stream.batch(2, 5, 12, slice(None))[0])
     assert not torch.equal(x, stream.batch(1, 6, 12, slice(None))[0])
 
@@ -102,6 +106,12 @@ def test_mapped_parts_give_the_same_batches(cuts, tmp_path):
         (x, y), (other_x, other_y) = (stream.window_batch(numbers, stride) for stream in (whole, other))
         assert torch.equal(y, other_y) and torch.equal(x[y != -100], other_x[y != -100])
     assert all(map(torch.equal, whole.batch(0, 3, 400, slice(None)), other.batch(0, 3, 400, slice(None))))
+
+
+def test_a_corpus_up_to_a_size_is_kept_on_the_device(monkeypatch):
+    monkeypatch.setattr(token_stream, "ON_DEVICE_BYTES", 400)
+    small, large = (TokenStream(np.arange(tokens), 8) for tokens in (100, 101))
+    assert isinstance(small.ids, torch.Tensor) and isinstance(large.ids, MappedIds)
 
 
 def test_too_short_a_text_says_what_to_do():

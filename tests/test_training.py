@@ -1,16 +1,20 @@
 """The loop's arithmetic."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers import SchedulerType
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.cli import parse
-from nanogpt_hf.common.settings import TrainingSettings
+from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.settings import Schedule, Tracker, TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.runs.run import of_length
 from nanogpt_hf.training import optimization
@@ -114,6 +118,18 @@ def test_other_schedules_are_functions_of_the_step(name, end):
     assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
     if name == "warmup_stable_decay":
         assert [step for step, value in enumerate(values) if value == 1] == [*range(9, 52)]
+
+
+def test_the_schedules_and_trackers_are_those_of_the_libraries():
+    """Named in the settings, so that a misspelt one is answered before these libraries are imported."""
+    for name in [name.value for name in SchedulerType]:
+        settings = TrainingSettings(max_steps=100, warmup_steps=10, lr_scheduler_type=name)
+        if name in get_args(Schedule):
+            assert 0 < make_schedule(settings)(50) <= 1
+        else:
+            with pytest.raises(UserError, match=f"{name} is not one of linear, cosine"):
+                make_schedule(settings)
+    assert {*get_args(Tracker)} == {name.value for name in LoggerType} - {"all"}
 
 
 def test_a_warm_up_ends_by_the_middle_of_a_run():

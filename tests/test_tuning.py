@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import math
 import shutil
 
 import numpy as np
@@ -104,6 +105,18 @@ def test_packed_completions_lose_what_transformers_says_of_each_alone(tokenizer,
     torch.testing.assert_close(packed, padded.detach(), atol=1e-5, rtol=0)
     torch.testing.assert_close(gradients, [p.grad for p in model.parameters()], atol=1e-5, rtol=1e-4)
     assert objective.evaluate(model).loss == pytest.approx(padded.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("T", [64, 12])
+def test_characters_that_the_context_cuts_off_are_not_counted(tokenizer, T):
+    """Each completion has a token for each of its characters, and one for its end."""
+    model, device = make(tokenizer), torch.device("cpu")
+    (example,), windows = of_rows(tokenizer, [{"prompt": "ab", "completion": "c" * 20}], T)
+    found = Completions(Accelerator(cpu=True), windows, windows, 1, 0, characters=20).evaluate(model)
+    assert found.tokens == min(21, T - 1)
+    assert found.bits_per_char == pytest.approx(found.loss / math.log(2) * 21 / 20)
+    pairs = Pairs([(example, example), (example, example)], T, 0, device, "rows")
+    assert pairs.share == windows.share == found.tokens / 21
 
 
 def test_accumulated_windows_are_the_whole_batch(tokenizer):

@@ -11,14 +11,14 @@ from dataclasses import Field, field, fields, make_dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import wrapt
 import yaml
 
 from .errors import UserError
 from .first_seconds import leave_interrupts
-from .settings import RunSettings, Settings
+from .settings import RunSettings, Settings, check_values
 from .text import nearest, printable, without_token
 
 if TYPE_CHECKING:
@@ -98,9 +98,11 @@ class _Parser(HfArgumentParser):
         for spelling in action.option_strings[1:]:
             del self._option_string_actions[spelling]
         del action.option_strings[1:]
+        if get_origin(action.type) is Literal:  # each of a list
+            action.type, action.choices = str, get_args(action.type)
         if action.type is string_to_bool:
             action.nargs, action.const, action.metavar = "?", True, "true|false"
-        elif action.choices:
+        elif action.choices and not action.nargs:
             action.metavar = "|".join(action.choices)
         else:
             action.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
@@ -264,6 +266,7 @@ def parse(
     rivals = [name for name in RIVALS if asked.get(name) is not None]
     if len([name for name in RIVALS if said.get(name) is not None]) > 1:
         raise UserError(f"--{rivals[0]} and --{rivals[1]} exclude each other: give one of them.")
+    check_values(cls, asked)
     check(asked)
     chosen = dict(defaults(asked) if callable(defaults) else defaults)
     values = actual | read(_as_words(chosen))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import UserError
-from .settings import TextSettings, changed, exclude, setting
+from .settings import TextSettings, changed, setting
 
 FILES = ("results.md", "results.json", "surprisal.html", "verse.html")
 
@@ -21,7 +21,9 @@ class ComparisonSettings(TextSettings):
         "split of a named corpus and of what has one of its own",
         bounds={"ge": 1, "le": 100},
     )
-    runs: list[str] = setting([], "run folders to list, as runs/*", essential=True)
+    runs: list[str] = setting(
+        [], "run folders to list, as runs/*", essential=True, excludes=["model", "output_dir", "verse"]
+    )
     model: list[str] = setting([], "folders or Hub ids to measure", essential=True)
     output_dir: str | None = setting(
         None,
@@ -53,8 +55,5 @@ class ComparisonSettings(TextSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        exclude(self, "runs", "model")
-        exclude(self, "runs", "output_dir")
-        exclude(self, "runs", "verse")
         if not self.model and not self.runs:
             raise UserError("there is nothing to compare: give run folders, or models with --model.")

@@ -37,6 +37,20 @@ def check_folder(name: str, advice: str = "give one with a saved model.") -> Non
         raise UserError(f"there is no folder {name!r}: {f'did you mean {near}?' if near else advice}")
 
 
+def check_repo_id(name: str) -> None:
+    """Raises UserError where a name cannot be that of a repository on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(
+            f"--hub_model_id {name!r} cannot be the name of a Hub repository: give NAME or OWNER/NAME, of at most 96 "
+            "letters, digits, '-', '_' and '.'."
+        ) from error
+
+
 def asks_the_hub(load: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
     """A function of a folder or Hub id that looks into the cache alone where the Hub gives no answer, for the Hub's client
     would try for a minute."""

@@ -6,9 +6,10 @@ A settings object does not change: what a run has made of it is another object, 
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from .errors import UserError
 from .reading_options import ReadingOptions
@@ -20,16 +21,19 @@ OF_A_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "d
 BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
 
 
-def setting(default: Any, help: str, *, essential: bool = False, **bounds: float) -> Any:
+def setting(
+    default: Any, help: str, *, essential: bool = False, excludes: Sequence[str] = (), **bounds: float
+) -> Any:
     """A field of a settings class.
 
     Args:
         default: its value where nobody gives one.
         help: what --help says of it.
         essential: shown by --help before all others.
+        excludes: settings that cannot be given with it.
         bounds: ge, gt, le and lt, as `check_bounds` checks them.
     """
-    metadata = {"help": help, "essential": essential, "bounds": bounds}
+    metadata = {"help": help, "essential": essential, "excludes": excludes, "bounds": bounds}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -51,15 +55,25 @@ class Settings:
     RETIRED: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        check_values(type(self), vars(self))
         for item in fields(self):
             value = getattr(self, item.name)
-            check_bounds(item.name, value, item.metadata.get("bounds", {}))
             if isinstance(value, str) and value.startswith("~"):
                 object.__setattr__(self, item.name, os.path.expanduser(value))
 
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the named settings that are not None."""
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def check_values(cls: type[Settings], values: Mapping[str, Any]) -> None:
+    """Raises UserError where one of these values is not within its bounds, or excludes another of them."""
+    for item in fields(cls):
+        value = values.get(item.name)
+        check_bounds(item.name, value, item.metadata.get("bounds", {}))
+        for other in item.metadata.get("excludes", ()):
+            if value and values.get(other):
+                raise UserError(f"--{item.name} and --{other} exclude each other: give one of them.")
 
 
 def check_bounds(name: str, value: Any, bounds: dict[str, float]) -> None:
@@ -75,12 +89,6 @@ def check_bounds(name: str, value: Any, bounds: dict[str, float]) -> None:
     if not math.isfinite(value) or not all(within[kind](bound) for kind, bound in bounds.items()):
         wanted = " and ".join(BOUNDS[kind].format(bound) for kind, bound in bounds.items())
         raise UserError(f"--{name} is {value}, it must be {wanted}.")
-
-
-def exclude(settings: Settings, first: str, second: str) -> None:
-    """Raises UserError where both settings are given."""
-    if getattr(settings, first) and getattr(settings, second):
-        raise UserError(f"--{first} and --{second} exclude each other: give one of them.")
 
 
 @dataclass(frozen=True)
@@ -201,7 +209,10 @@ class LengthSettings(Settings):
     overwrite_output_dir: bool = setting(False, "replace the run that is in the folder")
     dry_run: bool = setting(False, "print the first screen and every setting, and end; nothing is written")
     resume_from_checkpoint: str | None = setting(
-        None, "'last', or a checkpoint folder: go on from there, exactly", essential=True
+        None,
+        "'last', or a checkpoint folder: go on from there, exactly",
+        essential=True,
+        excludes=["overwrite_output_dir"],
     )
     max_steps: int | None = setting(2000, "optimiser steps", essential=True, ge=1)
     num_train_epochs: float | None = setting(
@@ -234,9 +245,19 @@ class LengthSettings(Settings):
     )
     seed: int = setting(1337, "decides initial weights, order of the batches and dropout", ge=0, lt=2**32)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        exclude(self, "resume_from_checkpoint", "overwrite_output_dir")
+
+# Those of transformers that depend on the step alone.
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 
 
 @dataclass(frozen=True)
@@ -257,7 +278,7 @@ class OptimizerSettings(Settings):
     adam_beta2: float = setting(0.99, "decay of AdamW's second moment", ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon", ge=0)
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0 does not clip", ge=0)
-    lr_scheduler_type: str = setting(
+    lr_scheduler_type: Schedule = setting(
         "linear", "schedule after warm-up, as transformers names it (linear: to zero)"
     )
     warmup_steps: float = setting(
@@ -270,7 +291,9 @@ class HardwareSettings(Settings):
     """Hardware"""
 
     use_cpu: bool = setting(False, "do not use a GPU")
-    bf16: bool | None = setting(None, "bfloat16 autocast; default: where the hardware is faster in it")
+    bf16: bool | None = setting(
+        None, "bfloat16 autocast; default: where the hardware is faster in it", excludes=["fp16"]
+    )
     fp16: bool = setting(False, "float16 autocast, for GPUs without bfloat16")
     torch_compile: bool | None = setting(None, "compile the model; default: on CUDA")
     torch_compile_backend: str = setting("inductor", "backend of torch.compile")
@@ -278,11 +301,10 @@ class HardwareSettings(Settings):
         False, "out of memory: halve the micro-batch and double the accumulation"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        exclude(self, "bf16", "fp16")
 
-
+Tracker = Literal[
+    "trackio", "tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab"
+]
 CheckpointFormat = Literal["auto", "gpt2", "qwen3", "llama", "nanogpt"]
 Format = Literal[CheckpointFormat, "gguf", "onnx"]  # with what share.py makes of a checkpoint
 
@@ -291,7 +313,7 @@ Format = Literal[CheckpointFormat, "gguf", "onnx"]  # with what share.py makes o
 class SharingSettings(Settings):
     """Sharing"""
 
-    report_to: list[str] = setting([], "trackers: trackio, tensorboard, wandb, … (what accelerate knows)")
+    report_to: list[Tracker] = setting([], f"trackers: {', '.join(get_args(Tracker))}")
     push_to_hub: bool = setting(False, "upload the run's best model when training has ended")
     hub_model_id: str | None = setting(
         None, "name on the Hub, NAME or OWNER/NAME; default: the run folder's name"

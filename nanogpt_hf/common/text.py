@@ -94,6 +94,11 @@ def first_line(error: BaseException, lines: int = 1) -> str:
     return line[:300] or type(error).__name__
 
 
+def counted(number: int, thing: str) -> str:
+    """One thing, or several."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The one of the known names that the word is most like, None where it is like none."""
     return next(iter(difflib.get_close_matches(word, [*known], n=1)), None)

@@ -238,6 +238,12 @@ def encode_row(tokenizer: PreTrainedTokenizerFast, row: Row) -> Example:
     return Example(ids, np.repeat([learned for _, learned in parts], [len(ids) for ids, _ in parts]))
 
 
+def share_within(kept: Sequence[Example], examples: Sequence[Example], T: int) -> float:
+    """Of all tokens that examples have to learn, the share that a context of T holds of those that are kept."""
+    held = sum(example.learned[1 : T + 1].sum() for example in kept)
+    return float(held / sum(example.learned[1:].sum() for example in examples))
+
+
 def response_template(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """What of a model's text is its answer, as `transformers serve` is told; it takes any qwen3's for Qwen's own chat."""
     return {

@@ -64,17 +64,21 @@ def _numbered(parts: Text, reading: Reading) -> Iterator[tuple[int, str]]:
     yield from split(rest, 0)
 
 
+def compiled(end: str) -> re.Pattern[str]:
+    """Where documents end. Raises UserError where that is no regular expression."""
+    try:
+        return re.compile(end)
+    except re.error as error:
+        raise UserError(f"--document_end {end!r} is no regular expression: {error}.") from error
+
+
 def documents_ended_by(texts: Sequence[str], end: str) -> list[str]:
     """The texts cut after every match of a regular expression; no character is lost.
 
     Raises:
         UserError: it is none.
     """
-    try:
-        pattern = re.compile(end)
-    except re.error as error:
-        raise UserError(f"--document_end {end!r} is no regular expression: {error}.") from error
-    documents = []
+    pattern, documents = compiled(end), []
     for text in texts:
         cuts = [0, *(match.end() for match in pattern.finditer(text)), len(text)]
         documents += [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ..common.presets import PRESETS, Preset, find_preset
 from . import conversion  # noqa: F401  it teaches from_pretrained the other families
 from .configuration_nanogpt import ARCHITECTURES, NanoGPTConfig
 from .modeling_nanogpt import (
@@ -10,7 +11,7 @@ from .modeling_nanogpt import (
     NanoGPTModel,
     NanoGPTPreTrainedModel,
 )
-from .presets import PRESETS, Preset, find_preset, preset_config
+from .presets import preset_config
 
 __all__ = [
     "ARCHITECTURES",

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..common.presets import Preset, find_preset
 from ..data.shards import INDEX, is_shards
-from ..model.presets import Preset, find_preset
 
 # Settings that say how long a run is.
 LENGTHS = ("max_steps", "train_tokens", "num_train_epochs", "max_minutes")

@@ -11,9 +11,12 @@ from typing import Any, TypeVar
 from ..common.cli import Values, parse, read_yaml
 from ..common.errors import UserError
 from ..common.files import check_no_writer, damage
-from ..common.paths import check_model_name
+from ..common.paths import check_model_name, check_repo_id
+from ..common.presets import find_preset
 from ..common.settings import OF_A_START, DataSettings, RunSettings
 from ..data.sources import check_corpora
+from ..data.splits import compiled
+from ..training.used_folder import check_usable
 
 R = TypeVar("R", bound=RunSettings)
 SHAPE = "architecture n_layer n_head n_kv_head head_dim n_embd n_inner".split()  # which a base brings with it
@@ -36,6 +39,8 @@ def read_settings(cls: type[R], description: str | None, defaults: Callable[[Val
         os.environ.get("RANK", "0") == "0"
     ):  # the first process of this very run may have begun before the others look
         check_no_writer(Path(settings.folder()))
+        if not settings.dry_run:
+            check_usable(settings)
     return settings
 
 
@@ -51,8 +56,11 @@ def for_a_base(defaults: Callable[[Values], Values]) -> Callable[[Values], Value
 
 
 def check_paths(said: Values) -> None:
-    """Raises UserError where something that the user has named is not there."""
+    """Raises UserError where something that the user has named is not there, or cannot be such a name."""
     check_corpora(said.get("corpus") or None, said.get("validation_file") or None)
+    for name, check in (("preset", find_preset), ("document_end", compiled), ("hub_model_id", check_repo_id)):
+        if said.get(name):
+            check(said[name])
     for name in ("model_name_or_path", "tokenizer"):
         if said.get(name) and said[name] not in ("char", "bpe"):
             check_model_name(said[name])
@@ -70,7 +78,7 @@ def earlier(cls: type[RunSettings], values: Values) -> dict[str, Any]:
     if asked is None:
         return {}
     if asked == "last":
-        checkpoints = Path(cls(**values).folder()) / "checkpoints"
+        checkpoints = Path(os.path.expanduser(values["output_dir"] or cls(**values).folder())) / "checkpoints"
         found = [path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
         newest_first = sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
     else:

@@ -1,6 +1,7 @@
 """The way of every run: what comes before the training loop and after it, whatever makes the model."""
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ..common.errors import UserError
 from ..common.files import delete, files_written_whole
 from ..common.recipes import command
 from ..common.settings import RunSettings, public_values
+from ..common.text import counted
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.token_stream import TokenStream
 from ..data.tokenization import describe_tokens
@@ -27,11 +29,12 @@ from ..training.best_model import show_best
 from ..training.checkpoints import Progress
 from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
+from ..training.lora import adapter_size
 from ..training.objectives import LanguageModeling, Objective
 from ..training.reporting import check_trackers, read_metrics, say
-from ..training.run_folder import check_usable
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
+from ..training.used_folder import check_usable
 from .showing import Showing, sample_base
 
 R = TypeVar("R", bound=RunSettings)
@@ -194,6 +197,8 @@ def describe(
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
+    heads = f"{counted(heads, 'head')}, " if heads else ""
+    own = model.num_parameters() - adapter_size(model)
     rate = f"{settings.optim}, learning rate {settings.learning_rate:g}"
     if settings.optim == "muon":
         rate = (
@@ -211,8 +216,8 @@ def describe(
         *corpus.reading,
         f"tokenizer  {settings.model_name_or_path or settings.tokenizer}, {describe_tokens(tokenizer)}",
         *corpus.remarks(tokenizer),
-        f"model      {getattr(config, 'architecture', config.model_type)}, {model.num_parameters() / 1e6:.2f}M parameters: "
-        f"{config.num_hidden_layers} layers, {f'{heads} heads, ' if heads else ''}width {config.hidden_size}, context "
+        f"model      {getattr(config, 'architecture', config.model_type)}, {own / 1e6:.2f}M parameters: "
+        f"{counted(config.num_hidden_layers, 'layer')}, {heads}width {config.hidden_size}, context "
         f"{context_length(model)}",
         *lines,
         f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens"
@@ -283,5 +288,5 @@ def describe_result(accelerator: Accelerator, corpus: AnyCorpus, progress: Progr
         *bits_words(read_metrics(folder / "metrics.jsonl"), corpus),
         *memory_words(accelerator.device),
         f"run folder      {folder}",
-        f"more samples    {command('sample')} --model {folder}",
+        f"more samples    {command('sample')} --model {shlex.quote(str(folder))}",
     )

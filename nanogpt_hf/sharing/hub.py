@@ -23,16 +23,11 @@ from huggingface_hub import (
     get_session,
     get_token,
 )
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
 from ..common.errors import UserError
 from ..common.files import MANIFEST
+from ..common.paths import check_repo_id
 from ..common.recipes import command
 from ..common.text import first_line, printable, without_token
 from .export import export_run
@@ -70,13 +65,7 @@ def check_push(
         UserError: there is no token, it is not accepted or may not write there, the name is not valid, or a
             repository that is to be private is public.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(
-            f"--hub_model_id {repo_id!r} cannot be the name of a Hub repository: give NAME or OWNER/NAME, of at most 96 "
-            "letters, digits, '-', '_' and '.'."
-        ) from error
+    check_repo_id(repo_id)
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             "--push_to_hub is set, and so is HF_HUB_OFFLINE, which forbids it: unset one of them."

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..common.errors import UserError
-from ..data.conversations import Example
+from ..data.conversations import Example, share_within
 from ..data.token_stream import mix, permute
 from .evaluation import SplitLoss, evaluating
 from .objectives import Batch, Objective, next_token_loss
@@ -37,6 +37,7 @@ class PackedWindows:
                 f"of none of {name} does the context of {T} tokens hold anything to learn: the prompts fill it; give "
                 "shorter ones or a base with a longer context."
             )
+        self.share = share_within(kept, examples, T)
         plan = pack([min(T, len(example.ids) - 1) for example in kept], T)
         inputs = np.full((len(plan), T), padding)
         targets, positions = np.full((len(plan), T), -100), np.tile(np.arange(T), (len(plan), 1))
@@ -85,7 +86,8 @@ class Completions(Objective):
     Args:
         batch_size: windows of the global batch.
         seed: decides their order.
-        characters: that the learned part of the validation split spells.
+        characters: that the learned part of the validation split spells; where windows hold a share of it, that share is
+            counted.
     """
 
     def __init__(
@@ -99,7 +101,8 @@ class Completions(Objective):
         eval_batch_size: int = 16,
     ):
         self.accelerator, self.train, self.validation = accelerator, train, validation
-        self.batch_size, self.seed, self.characters = batch_size, seed, characters
+        self.batch_size, self.seed = batch_size, seed
+        self.characters = characters * validation.share
         self.eval_batch_size = eval_batch_size
         self.tokens_per_step = batch_size * train.T
 

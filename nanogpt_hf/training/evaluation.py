@@ -25,7 +25,7 @@ class SplitLoss:
 
     nats: float
     tokens: int
-    characters: int
+    characters: float
     more: Mapping[str, float] = field(default_factory=dict)  # measured beside it, for metrics.jsonl
 
     @property

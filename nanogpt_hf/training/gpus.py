@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import dataclass
-
-import torch
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from ..common.errors import UserError
 from ..common.text import nearest
+
+if TYPE_CHECKING:  # plan.py looks a GPU up before it imports them
+    import torch
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ def peak_flops(device_name: str) -> float | None:
     return GPUS[name].bf16_tflops * 1e12 if name in GPUS and others.isdisjoint(words) else None
 
 
-def peak_of(device: torch.device) -> float | None:
+def peak_of(device: "torch.device") -> float | None:
     """The same for a device of this process."""
+    import torch
+
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
+def flops_per_token(model: "PreTrainedModel", context: int) -> float | None:
     """FLOPs of forward and backward for a token: 6 a parameter, and attention's scores over the whole context.
 
     None where a part of the model does not train, which costs less.

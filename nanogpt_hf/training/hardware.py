@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..common.errors import UserError
 from ..common.settings import RunSettings
+from ..common.text import counted
 
 NOT_HERE = {  # variables of accelerate -> what they ask for
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -210,7 +211,7 @@ def describe_device(accelerator: Accelerator) -> str:
     device = accelerator.device
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        name = f"CPU, {threads} thread{'s' * (threads != 1)}"
+        name = f"CPU, {counted(threads, 'thread')}"
     else:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Apple GPU"
     count = accelerator.num_processes

@@ -15,6 +15,7 @@ from ..common.settings import RunSettings
 from ..data.corpora import AnyCorpus
 from .best_model import Show, find_repair, repair_best, replace_best, show_best, show_nothing
 from .checkpoints import Progress, load_checkpoint, prune, save_checkpoint
+from .commands import going_on
 from .gpus import flops_per_token
 from .hardware import settle
 from .heartbeat import Heartbeat
@@ -142,7 +143,8 @@ def say_how_it_ended(
     if interruption.signal:
         say(
             accelerator,
-            f"stopped at step {progress.step} with a checkpoint; go on with --resume_from_checkpoint last",
+            f"stopped at step {progress.step} with a checkpoint",
+            f"go on with      {going_on(Path(settings.folder()))}",
         )
         sys.exit(128 + interruption.signal)
     if interruption.out_of_time:

@@ -25,7 +25,7 @@ from ..common.paths import asks_the_hub, check_model_name
 from ..common.recipes import command
 from ..common.settings import FinetuningSettings
 from ..common.text import first_line, nearest, without_home
-from ..model.bases import local_checkpoint
+from ..model.bases import PACKAGED, local_checkpoint
 from ..model.checking import find_file
 from ..model.conversion import as_native
 from ..model.loading import load_causal_lm, load_native, put_on_base, suppress_padding
@@ -55,7 +55,8 @@ def load_base(name: str, whole: bool = False, **options: Any) -> PreTrainedModel
     try:
         config = PreTrainedConfig.get_config_dict(folder)[0]
     except OSError as error:
-        raise UserError(f"the base {name} cannot be loaded: {first_line(error)}.") from error
+        advice = "" if os.path.isdir(name) else f"; without the Hub, give a folder or {' or '.join(PACKAGED)}"
+        raise UserError(f"the base {name} cannot be loaded: {first_line(error)}{advice}.") from error
     kind = (config.get("architectures") or [""])[0]
     if config.get("model_type") in ("gpt2", "nanogpt") and (
         "For" not in kind or kind.endswith("ForCausalLM")
@@ -207,16 +208,24 @@ def embed_new_tokens(model: PreTrainedModel, ids: list[int]) -> None:
     model.generation_config.suppress_tokens = sorted(suppressed) or None
 
 
+def adapter_size(model: PreTrainedModel) -> int:
+    """Parameters of the adapter on a model, which is frozen beside it; 0 where the model itself trains."""
+    trained = model.num_parameters(only_trainable=True)
+    return trained if trained < model.num_parameters() else 0
+
+
 def describe_trained(model: PreTrainedModel) -> str:
     """What trains: parameters, share, and the memory of weights, gradients and AdamW."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    adapter = adapter_size(model)
+    own = model.num_parameters() - adapter
+    what = (
+        f"an adapter of {adapter:,} parameters, {adapter / own:.2%} of the model's"
+        if adapter
+        else "all of it"
+    )
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     more = sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad)
-    return (
-        f"{trained:,} of {total:,} parameters ({trained / total:.2%}); weights {held / 2**20:,.1f} MiB, gradients and "
-        f"AdamW {more / 2**20:,.1f} MiB, activations come on top"
-    )
+    return f"{what}; weights {held / 2**20:,.1f} MiB, gradients and AdamW {more / 2**20:,.1f} MiB, activations come on top"
 
 
 def load_merged(folder: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -3,15 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, SchedulerType, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UserError
-from ..common.settings import RunSettings
+from ..common.settings import RunSettings, Schedule
 from ..model.modeling_nanogpt import NanoGPTAttention, NanoGPTMLP
 from .hardware import has_fast_bf16
 from .sharding import AdamW, local
@@ -232,9 +232,6 @@ def make_schedule(settings: RunSettings) -> Callable[[int], float]:
     Raises:
         UserError: no schedule of that name depends on the step alone.
     """
-    names = [name.value for name in SchedulerType]
-    if settings.lr_scheduler_type not in names:
-        raise UserError(f"--lr_scheduler_type {settings.lr_scheduler_type} is not one of {', '.join(names)}.")
     warmup = settings.warmup_steps
     extra: dict[str, float] = {}
     if settings.lr_scheduler_type == "warmup_stable_decay":
@@ -247,8 +244,7 @@ def make_schedule(settings: RunSettings) -> Callable[[int], float]:
         factor = scheduler.lr_lambdas[0]
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"--lr_scheduler_type {settings.lr_scheduler_type} needs more than the step: use linear, cosine, "
-            "constant_with_warmup or warmup_stable_decay."
+            f"--lr_scheduler_type {settings.lr_scheduler_type} is not one of {', '.join(get_args(Schedule))}."
         ) from error
     # transformers counts from 0 and so would waste the first step on a learning rate of 0.
     return lambda step: factor(step + 1) if step < warmup else factor(step)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..common.errors import UserError
-from ..data.conversations import Example
+from ..data.conversations import Example, share_within
 from ..data.token_stream import mix, permute
 from .evaluation import evaluating
 from .objectives import Batch, Objective
@@ -50,6 +50,7 @@ class Pairs:
         self.left_out = len(pairs) - len(kept)
         if not kept:
             raise UserError(f"the prompts of {name} fill the context of {T} tokens: give shorter ones.")
+        self.share = share_within([chosen for chosen, _ in kept], [chosen for chosen, _ in pairs], T)
         longest = min(T, max(len(text.ids) for pair in kept for text in pair) - 1)
         inputs, targets = np.full((len(kept), 2, longest), padding), np.full((len(kept), 2, longest), -100)
         for row, pair in enumerate(kept):
@@ -91,6 +92,7 @@ class Preferences(Objective):
     Args:
         beta: how dear it is to leave the start.
         batch_size: pairs of the global batch.
+        characters: of the validation split's chosen texts, as `Completions` takes them.
     """
 
     def __init__(
@@ -105,7 +107,8 @@ class Preferences(Objective):
         eval_batch_size: int = 16,
     ):
         self.accelerator, self.train, self.validation, self.beta = accelerator, train, validation, beta
-        self.batch_size, self.seed, self.characters = batch_size, seed, characters
+        self.batch_size, self.seed = batch_size, seed
+        self.characters = characters * validation.share
         self.eval_batch_size = eval_batch_size
         self.tokens_per_step = batch_size * 2 * train.T
 
@@ -140,5 +143,5 @@ class Preferences(Objective):
         loss, right, nats = self.accelerator.reduce(
             sums.to(self.accelerator.device), reduction="sum"
         ).tolist()
-        bits = nats / np.log(2) / max(1, self.characters)
+        bits = nats / np.log(2) / self.characters
         return PreferencesEvaluation(loss / len(pairs), bits, right / len(pairs))

@@ -3,10 +3,7 @@
 import hashlib
 import json
 import math
-import os
 import re
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,26 +15,17 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
-from ..common.files import MANIFEST, UNFINISHED, delete, delete_left_overs, one_writer
+from ..common.files import delete, delete_left_overs, one_writer
 from ..common.paths import is_hub_id
-from ..common.recipes import command, recipes
 from ..common.settings import OF_A_START, FinetuningSettings, RunSettings, public_values
-from ..common.text import printable, without_home
+from ..common.text import without_home
 from ..data.corpora import AnyCorpus
 from ..model import NanoGPTConfig
 from ..model.bases import describe_base
 from .checkpoints import Progress, damage, list_checkpoints, newest_good, prune, read_progress
+from .commands import commands
 from .reporting import library_versions, say, text_sha256, write_yaml
-
-# What a run makes beside run.yaml; --overwrite_output_dir deletes these and nothing else.
-MADE_BY_A_RUN = (
-    "checkpoints trackers wandb README.md metrics.jsonl loss_curve.png samples.txt config.json generation_config.json "
-    "model.safetensors adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json "
-    "special_tokens_map.json configuration_nanogpt.py modeling_nanogpt.py samples_before.txt merged progress.json "
-    f"chat_template.jinja verse.json verse.md {MANIFEST}"
-).split()
-PATHS = ("corpus", "validation_file", "tokenizer", "model_name_or_path", "config", *OF_A_START)
-
+from .used_folder import MADE_BY_A_RUN, check_usable, readable
 
 SHAPE = (
     "architecture norm positions qk_norm mlp bias n_layer n_head n_embd n_inner n_positions vocab_size rope_theta "
@@ -98,7 +86,7 @@ def find_start(
     used = check_usable(settings)
     if settings.resume_from_checkpoint is None:
         return Progress(identity=identity), None
-    with _readable(folder):
+    with readable(folder):
         checkpoint = find_checkpoint(accelerator, settings.resume_from_checkpoint, folder, used)
     progress = read_progress(checkpoint)
     # What an earlier version did not note is not known to be another; but of the text it held out, None is what it had.
@@ -119,35 +107,6 @@ def find_start(
     if not used:
         progress.metrics_sha256 = text_sha256("")  # they begin anew
     return progress, checkpoint
-
-
-def check_usable(settings: RunSettings) -> bool:
-    """Whether there is something in the run folder already, which these settings go on with or overwrite.
-
-    Raises:
-        UserError: they do neither, or the folder cannot be used.
-    """
-    folder = Path(settings.folder())
-    with _readable(folder):
-        used = check_folder(folder, settings.overwrite_output_dir)
-        if settings.overwrite_output_dir and settings.model_name_or_path:
-            check_base_stays(Path(settings.model_name_or_path), folder)
-    if used and settings.resume_from_checkpoint is None and not settings.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {folder} is not empty: go on with --resume_from_checkpoint last, replace it with "
-            "--overwrite_output_dir, or choose another folder."
-        )
-    return used
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder} cannot be read ({error.strerror}): give another folder."
-        ) from error
 
 
 def batch_advice(accelerator: Accelerator, before: dict, now: dict) -> str:
@@ -191,38 +150,6 @@ def check_agreement(accelerator: Accelerator, identity: dict) -> None:
     if accelerator.num_processes > 1 and (accelerator.gather(own) != own).any():
         raise UserError(
             "the processes have read different texts, or were given different settings: start them again."
-        )
-
-
-def check_folder(folder: Path, overwrite: bool) -> bool:
-    """Whether there is something in the folder.
-
-    Raises:
-        UserError: it is no folder, leads elsewhere, or overwriting it would delete what no run has made.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: give a folder.")
-    if (folder / "checkpoints").is_symlink() and not overwrite:
-        raise UserError(
-            f"{folder / 'checkpoints'} is a symbolic link: put the folder itself there, or let --output_dir be on "
-            "the other disk."
-        )
-    made = [name for name in MADE_BY_A_RUN if (folder / name).exists()]
-    if overwrite and made and not (folder / "run.yaml").exists():
-        raise UserError(
-            f"--output_dir {folder} holds {made[0]} but no run.yaml, so no run has made it: it is not overwritten, "
-            "choose another folder."
-        )
-    return folder.exists() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
-
-
-def check_base_stays(base: Path, folder: Path) -> None:
-    """Raises UserError when to overwrite the folder would delete the base that the run starts from."""
-    base, folder = base.resolve(), folder.resolve()
-    deleted = {folder / name for name in MADE_BY_A_RUN}
-    if base == folder or deleted & {base, *base.parents}:
-        raise UserError(
-            f"--overwrite_output_dir would delete the base {base.name}: give another --output_dir."
         )
 
 
@@ -309,7 +236,7 @@ def open_run_folder(
                 "characters": corpus.characters("train") + corpus.characters("validation"),
             },
             **({"base": describe_base(base)} if (base := settings.model_name_or_path) else {}),
-            **_commands(earlier, progress.step, changed),
+            **commands(earlier, progress.step, changed),
             "identity": identity,
             "tokenizer_tokens": len(tokenizer),
             **({"tokenizer_hub_id": source} if source not in ("char", "bpe") and is_hub_id(source) else {}),
@@ -348,60 +275,6 @@ def _changes(earlier: dict, values: dict[str, Any]) -> dict[str, list]:
         for name, value in values.items()
         if name not in OF_A_START and earlier.get(name, value) != value
     }
-
-
-def _commands(earlier: dict | None, step: int, changed: dict[str, list]) -> dict[str, Any]:
-    """The command that the run began with, and those that it went on with: from which step, and what they changed.
-
-    Args:
-        earlier: what was in run.yaml; None for a run that begins.
-    """
-    this = command_line()
-    if earlier is None:
-        return {"command": this}
-    record = earlier.get("record")
-    record = record if isinstance(record, dict) else {}
-    history = record.get("history")
-    before = [
-        entry
-        for entry in (history if isinstance(history, list) else [])
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= step
-    ]
-    return {
-        "command": record.get("command"),
-        "history": [*before, {"step": step, "command": this, "changed": changed}],
-    }
-
-
-def command_line() -> str | None:
-    """The command of this process as it may be shown, if it is one of the recipes: how it was launched, and names
-    instead of paths that only this machine has."""
-    script, *words = sys.argv
-    name = Path(script).stem
-    if name not in recipes() or recipes()[name].resolve() != Path(script).resolve():
-        return None
-    start, processes = command(name), os.environ.get("WORLD_SIZE", "1")
-    launcher = None
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        launcher = "accelerate launch" + (f" --num_processes {processes}" if processes != "1" else "")
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = f"torchrun --nproc_per_node {processes}"
-    if launcher:
-        start = re.sub("^python", launcher, re.sub("^nanogpt ", f"{launcher} -m nanogpt_hf ", start))
-    return f"{start} {shlex.join(_without_paths(words))}".strip()
-
-
-def _without_paths(words: list[str]) -> list[str]:
-    """A command line whose paths from the root, the home or above are their last parts."""
-    shown, setting = [], ""
-    for word in words:
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        setting = flag.removeprefix("--").replace("-", "_") or setting
-        value = without_home(printable(value))
-        if setting in PATHS and (os.path.isabs(value) or value.startswith(("~", os.pardir))):
-            value = os.path.basename(value.rstrip("/\\"))
-        shown.append(flag + equals + value)
-    return shown
 
 
 def note_evaluation(progress: Progress, loss: float) -> bool:
