@@ -6,7 +6,8 @@
     accelerate launch recipes/tune_verse.py --model_name_or_path runs/tiny_pushkin-char --use_cpu --max_steps 5
 
 The prompts are first lines of the corpus's stanzas; a tenth of them is kept for the table before and after, which is
-written to the run folder as verse.md. Without a GPU the batches are small. It needs the extra verse.
+written to the run folder as verse.md. Half of a run on a GPU are drills in rhyme on those stanzas (--drill_steps). Without a
+GPU the batches are small, and there are no drills. It needs the extra verse.
 """
 
 from collections.abc import Mapping

@@ -11,6 +11,7 @@ from .settings import (
     FinetuningSettings,
     LengthSettings,
     OptimizerSettings,
+    Schedule,
     Settings,
     changed,
     default_folder,
@@ -98,7 +99,7 @@ class RewardSettings(RewardGroup, TuningSettings):
     optim: Literal["adamw", "muon"] = changed(OptimizerSettings, "optim", "muon")
     muon_learning_rate: float = changed(OptimizerSettings, "muon_learning_rate", 0.01)
     learning_rate: float = changed(OptimizerSettings, "learning_rate", 1e-3)
-    lr_scheduler_type: str = changed(OptimizerSettings, "lr_scheduler_type", "warmup_stable_decay")
+    lr_scheduler_type: Schedule = changed(OptimizerSettings, "lr_scheduler_type", "warmup_stable_decay")
     warmup_steps: float = changed(OptimizerSettings, "warmup_steps", 10)
     logging_steps: int = changed(LengthSettings, "logging_steps", 5)
     eval_steps: int = changed(LengthSettings, "eval_steps", 310)

@@ -69,8 +69,12 @@ def tune_completions(settings: CompletionSettings) -> Progress:
         corpus.characters("validation"),
     )
     lines.append(
-        f"packed     {len(corpus.rows['train']):,} rows in {len(windows[0]):,} windows; {windows[0].cut:,} are cut to the "
-        f"context, {windows[0].left_out:,} left out, which hold nothing to learn then"
+        f"packed     {len(corpus.rows['train']):,} rows in {len(windows[0]):,} windows; {windows[0].cut:,} are cut to the context"
+        + (
+            f", {windows[0].left_out:,} left out, which hold nothing to learn then"
+            if windows[0].left_out
+            else ""
+        )
     )
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
