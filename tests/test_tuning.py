@@ -351,6 +351,7 @@ def test_preferences_resume_exactly_and_are_learned(base, tmp_path):
     evaluated = [row for row in measured if "eval_accuracy" in row]
     assert evaluated[0]["step"] == 0 and evaluated[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert evaluated[-1]["eval_accuracy"] == 1.0 and evaluated[-1]["eval_loss"] < 0.5
+    assert "nats a pair" in (folder / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "nanogpt"
 
 
@@ -572,7 +573,7 @@ def test_what_is_rewarded_becomes_likelier(tokenizer):
 
 
 @pytest.mark.usefixtures("own_accelerate_state")
-def test_rewards_resume_exactly(base, tmp_path, monkeypatch):
+def test_rewards_resume_exactly(base, tmp_path, monkeypatch, capsys):
     from nanogpt_hf.runs.tuning import tune_rewards
 
     pytest.importorskip("pronouncing", reason="pronouncing is not installed (extra verse)")
@@ -587,3 +588,14 @@ def test_rewards_resume_exactly(base, tmp_path, monkeypatch):
     more += ("--drill_steps", "3")
     folder = in_two_parts(tune_rewards, RewardSettings, base, corpus, tmp_path, *more)
     assert "before" in (folder / "verse.md").read_text()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"])
+    card = (folder / "README.md").read_text()
+    assert (
+        f"Validation loss {best['eval_loss']:.4f} below a reward of 1 ({best['eval_bits_per_char']:.4f} bits"
+        in card
+    )
+    said = capsys.readouterr().out
+    assert "below a reward of 1, best at step" in said and "nats" not in said
+    bits = [row["eval_bits_per_char"] for row in (rows[0], best)]  # of letters that are a byte each
+    assert f"{bits[0]:.4f} before the first step, {bits[1]:.4f} of the best model" in said

@@ -31,7 +31,7 @@ from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
 from ..training.lora import adapter_size
 from ..training.objectives import LanguageModeling, Objective
-from ..training.reporting import check_trackers, read_metrics, say
+from ..training.reporting import check_trackers, loss_unit, read_metrics, say
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
 from ..training.used_folder import check_usable
@@ -235,14 +235,14 @@ def describe(
         raise SystemExit(0)
 
 
-def bits_words(rows: Sequence[Mapping], corpus: AnyCorpus) -> list[str]:
-    """A base's validation loss before the first step and the best one, in a unit that any tokenizer shares."""
-    measured = [row for row in rows if "eval_bits_per_char" in row]
-    if not measured or measured[0]["step"] > 0:
+def bits_words(rows: Sequence[Mapping], best: Mapping, corpus: AnyCorpus) -> list[str]:
+    """The losses of a base before the first step and of the best model, in a unit that any tokenizer shares."""
+    first = rows[0] if rows else {}
+    if first.get("step") != 0 or "eval_bits_per_char" not in first.keys() & best.keys():
         return []
     text = "".join(corpus.validation)
-    before, *after = (row["eval_bits_per_char"] * len(text) / len(text.encode()) for row in measured)
-    return [f"bits per byte     {before:.4f} before the first step, {min(after, default=before):.4f} at best"]
+    before, after = (row["eval_bits_per_char"] * len(text) / len(text.encode()) for row in (first, best))
+    return [f"bits per byte     {before:.4f} before the first step, {after:.4f} of the best model"]
 
 
 def memory_words(device: torch.device) -> list[str]:
@@ -278,14 +278,17 @@ def describe_result(accelerator: Accelerator, corpus: AnyCorpus, progress: Progr
     """The last screen."""
     samples = folder / "samples.txt"
     text = samples.read_text(encoding="utf-8") if samples.exists() else ""
+    rows = read_metrics(folder / "metrics.jsonl")
+    measured = [row for row in rows if "eval_loss" in row and row["step"] == progress.best_step]
+    best = measured[-1] if measured else {}
     say(
         accelerator,
         "",
         text.split("\n\n---\n\n")[0].strip(),
         "",
-        f"validation loss {progress.best_loss:.4f} nats per token, best at step {progress.best_step} of {progress.step}; "
+        f"validation loss {progress.best_loss:.4f} {loss_unit(best)}, best at step {progress.best_step} of {progress.step}; "
         f"{progress.elapsed_s / 60:.1f} minutes",
-        *bits_words(read_metrics(folder / "metrics.jsonl"), corpus),
+        *bits_words(rows, best, corpus),
         *memory_words(accelerator.device),
         f"run folder      {folder}",
         f"more samples    {command('sample')} --model {shlex.quote(str(folder))}",

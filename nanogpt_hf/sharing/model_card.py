@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ..common.errors import UserError
 from ..common.text import printable, without_token
 from ..training.checkpoints import read_progress
-from ..training.reporting import read_metrics
+from ..training.reporting import loss_unit, read_metrics
 
 # Settings that say where a run was and with whom it is shared, not what was trained.
 NOT_IN_A_CARD = (
@@ -207,9 +207,9 @@ def _license(corpus_license: str | None) -> dict:
 
 def _results(corpus_name: str, best: dict, rows: list[dict]) -> list[EvalResult]:
     measured = {
-        ("validation", "loss", "loss, nats a token"): best.get("eval_loss"),
+        ("validation", "loss", f"loss, {loss_unit(best)}"): best.get("eval_loss"),
         ("validation", "bits_per_character", "bits per character"): best.get("eval_bits_per_char"),
-        ("train", "loss", "loss of one batch, nats a token"): _last(rows, "train_loss"),
+        ("train", "loss", f"loss of one batch, {loss_unit(best)}"): _last(rows, "train_loss"),
     }
     return [
         EvalResult(
@@ -345,7 +345,7 @@ def _commands_words(record: dict) -> str:
 def _result_words(best: dict, rows: list[dict]) -> str:
     if "eval_loss" not in best:
         return f"The model of step {best['step']:,}, before the first validation."
-    words = f"Validation loss {best['eval_loss']:.4f} nats a token"
+    words = f"Validation loss {best['eval_loss']:.4f} {loss_unit(best)}"
     if "eval_bits_per_char" in best:
         words += f" ({best['eval_bits_per_char']:.4f} bits per character)"
     last = max([best["step"], *(row["step"] for row in rows)])

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -84,6 +84,13 @@ def write_yaml(folder: Path, settings: dict, record: dict) -> None:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, without those that cannot be read."""
     return [row for line in _read_lines(path) if (row := _as_row(line)) is not None]
+
+
+def loss_unit(row: Mapping[str, float]) -> str:
+    """What a run's losses are in, told from a line of its metrics.jsonl: preferences and rewards do not count tokens."""
+    if "eval_accuracy" in row:
+        return "nats a pair"
+    return "below a reward of 1" if any(name.startswith("eval_reward") for name in row) else "nats a token"
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -331,7 +338,7 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
                 "alpha": 0.85,
             },  # the curve runs beneath it
         )
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel=f"loss, {loss_unit(best or {})}")
     axes.set_title(printable(title), parse_math=False)  # of names, in which $ is a letter
     if axes.get_lines():  # a run may stop before its first losses
         axes.legend()
