@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -425,10 +426,7 @@ def test_the_windows_hold_each_written_token_once_with_the_past_that_the_decoder
     B, S, T = inputs.shape
     assert T == context and (S > 1) == (context == 24)
     prompts = np.repeat(objective.choose(0, 2), 8, axis=0)
-    from nanogpt_hf.data.token_stream import mix
-
-    seed = int(mix(np.uint64(4)) ^ np.uint64(0)) >> 1
-    written = objective.write(model, prompts, seed)
+    written = objective.write(model, prompts, objective._seed(0))
     P = prompts.shape[1]
     for row in range(B):
         counted = targets[row][targets[row] != -100].tolist()
@@ -534,6 +532,28 @@ def test_a_drill_teaches_the_words_that_answer_and_nothing_else(tokenizer, conte
     assert (at_start[targets != -100] < 0).all()
 
 
+def test_a_drill_that_is_cut_off_teaches_no_half_word(tokenizer):
+    write = StanzaWriter(tokenizer, 3, 40, 1.0)
+    text = "an old hat,\nthe cat.\nit is long"
+    for length in range(len("\n\nan old hat,\n") + 1, len(text) + 4):
+        written = write.as_if_written([text], length)
+        whole = written.texts[0].split("\n")
+        assert whole == text.split("\n")[: len(whole)]
+        new = written.ids[0, 2:][written.closing[0] & (np.arange(length - 2) < written.lengths[0])]
+        assert set(tokenizer.decode(new).replace("<|endoftext|>", "").split()) <= {"hat,", "cat.", "long"}
+
+
+def test_each_step_has_drills_of_its_own(tokenizer):
+    objective = rewards_objective(tokenizer, make(tokenizer))
+    seeds = []
+    for objective.accelerator in (
+        SimpleNamespace(num_processes=2, process_index=0),
+        SimpleNamespace(num_processes=2, process_index=1),
+    ):
+        seeds += [objective._seed(step) for step in range(9)]
+    assert len(set(seeds)) == len(seeds)
+
+
 @pytest.mark.parametrize("drill_steps", [0, 2])
 def test_drills_come_first_and_then_every_third_step(tokenizer, drill_steps):
     objective = rewards_objective(tokenizer, make(tokenizer), drills=TwoDrills(), drill_steps=drill_steps)
@@ -595,7 +615,9 @@ def test_rewards_resume_exactly(base, tmp_path, monkeypatch, capsys):
         f"Validation loss {best['eval_loss']:.4f} below a reward of 1 ({best['eval_bits_per_char']:.4f} bits"
         in card
     )
+    assert "over texts on held-out first lines" in card and "loss of one batch" not in card
     said = capsys.readouterr().out
     assert "below a reward of 1, best at step" in said and "nats" not in said
+    assert "drills     the first 3 steps, then one step in 3" in said
     bits = [row["eval_bits_per_char"] for row in (rows[0], best)]  # of letters that are a byte each
     assert f"{bits[0]:.4f} before the first step, {bits[1]:.4f} of the best model" in said

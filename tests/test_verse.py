@@ -434,6 +434,16 @@ class TestDrills:
         drawn = Drills(stanzas, Form(scheme=Scheme("AbAb"))).draw(30, seed=3)
         assert all(drill.text.count("\n") == 3 and set(drill.answers) <= {2, 3} for drill in drawn)
 
+    def test_of_three_lines_on_one_rhyme_two_are_drilled(self):
+        pytest.importorskip("silero_stress")
+        form = Form(scheme=Scheme("ababab"))
+        stanza = "Прошла любовь\nНастала ночь\nВскипела кровь\nУходит прочь\nВернётся вновь\nРодная дочь"
+        for drill in Drills([stanza, stanza], form).draw(20, seed=1):
+            (poem,) = scan([drill.text], form)
+            answered = {pair.second for pair in poem.pairs if pair.rhymed}
+            assert drill.answers and answered.issuperset(drill.answers)
+            assert set(re.findall("[а-яё]+", drill.text)) <= set(re.findall("[а-яё]+", stanza))
+
     def test_what_cannot_be_exchanged_is_refused(self):
         pytest.importorskip("silero_stress")
         with pytest.raises(UserError, match="no rhyme in the 1 stanzas can be exchanged .* --drill_steps 0"):
@@ -457,6 +467,17 @@ class TestRewards:
         assert [*twice] == [0] * 8 and [*prose] == [0.5] * 2 and [*mixed] == [1] * 6
         scanned = rewards.scan_lines([f"{STANZA}\n{PROSE}"], form)[0]
         assert [*scanned.metre] == [1, 1, 1, 1, 0, 0] and [*scanned.feet[:4]] == [1] * 4
+
+    def test_a_line_ends_as_its_rhyme_wants(self):
+        pytest.importorskip("silero_stress")
+        for scheme, endings in (
+            ("AbAb", [1, 1, 1, 1]),
+            ("aBaB", [0, 0, 0, 0]),
+            ("AAAb", [1, 0, 1, 1]),
+            ("abab", [1] * 4),
+        ):
+            (scanned,) = rewards.scan_lines([STANZA], Form(scheme=Scheme(scheme)))
+            assert [*scanned.endings] == endings  # b of AAAb rhymes with nothing, and may end anyhow
 
     def test_a_line_is_worth_what_it_has_of_the_metre(self):
         """Without its first syllable a line of iambs is out of place; with one too many it nearly fits."""

@@ -25,7 +25,8 @@ class RewardGroup(Settings):
 
     reward: list[str] = setting(
         ["metre", "rhyme", "lines"],
-        "metre, feet (how near a line comes to the metre), endings (feminine and masculine as the scheme has them), rhyme, "
+        "metre, feet (how near a line comes to the metre), endings (feminine and masculine, where the scheme has both), "
+        "rhyme, "
         "lines (as many as the form has), or module:function, a function of a text to a number",
         essential=True,
     )
@@ -47,8 +48,8 @@ class RewardGroup(Settings):
     num_generations: int = setting(16, "texts for one prompt, that are compared with each other", ge=2)
     drill_steps: float = setting(
         0.5,
-        "first steps, less than 1: this part of the run, that learn to rhyme from stanzas of the corpus in which other words "
-        "rhyme each time; after them the model's own texts are rewarded, and one step in three is a drill; 0: no drills",
+        "steps at the start (below 1: this share of the run) that are drills in rhyme: stanzas of the corpus in which other "
+        "words rhyme each time; afterwards one step in three is one; 0: no drills",
         ge=0,
     )
     temperature: float = setting(0.8, "at which they are written", gt=0)
@@ -78,6 +79,13 @@ class TuningSettings(FinetuningSettings):
     dropout: float | None = changed(BaseSettings, "dropout", 0.0)
     early_stopping_patience: int | None = changed(LengthSettings, "early_stopping_patience", None)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps is None and self.num_train_epochs is None and self.train_tokens is None:
+            raise UserError(
+                "the run has no number of steps: give --max_steps or --num_train_epochs; --max_minutes only cuts it short."
+            )
+
     def folder(self) -> str:
         return self.output_dir or default_folder(self.corpus, self.model_name_or_path or "", self.KIND)
 
@@ -87,6 +95,7 @@ class RewardSettings(RewardGroup, TuningSettings):
     """Settings of tuning by rewards."""
 
     KIND = "verse"
+    BEFORE = TuningSettings.BEFORE | {"drill_steps": 0}
     DECIDES = (
         *("reward", "reward_weights", "guards", "form", "foot", "feet", "scheme", "lines"),
         *("num_generations", "temperature", "beta", "text_coef", "drill_steps"),

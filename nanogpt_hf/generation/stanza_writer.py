@@ -96,7 +96,9 @@ class StanzaWriter:
         prompt, *rests = encode_each(self.tokenizer, ["\n\n", *(f"{text}\n\n" for text in texts)])
         ids = np.full((len(texts), length), self.tokenizer.eos_token_id)
         for row, rest in zip(ids, rests, strict=True):
-            whole = np.concatenate((prompt, rest))[:length]
+            whole = np.concatenate((prompt, rest))
+            if len(whole) > length:  # a line that is cut off has no end
+                whole = whole[: 1 + np.flatnonzero(self.newlines[whole[:length]])[-1]]
             row[: len(whole)] = whole
         return self._cut(ids, len(prompt), given=0)
 

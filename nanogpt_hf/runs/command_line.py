@@ -87,6 +87,8 @@ def earlier(cls: type[RunSettings], values: Values) -> dict[str, Any]:
     saved = _settings_in(newest_first)
     if saved is None:
         saved = _settings_in_yaml(cls, checkpoints.parent / "run.yaml")
+    else:  # by then each checkpoint told how its text was read
+        saved = {name: value for name, value in cls.BEFORE.items() if name not in DataSettings.BEFORE} | saved
     return {
         name: saved[name] for name in cls.__dataclass_fields__ if name in saved and name not in OF_A_START
     }

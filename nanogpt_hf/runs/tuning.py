@@ -22,7 +22,7 @@ from ..training.checkpoints import Progress
 from ..training.completions import Completions, PackedWindows
 from ..training.evaluation import evaluate_split, validation_stream
 from ..training.loop import train
-from ..training.policy_gradient import GroupRelativePolicy
+from ..training.policy_gradient import DRILL_EVERY, GroupRelativePolicy
 from ..training.preferences import Pairs, Preferences
 from ..training.reporting import say
 from ..training.run_folder import alone_in
@@ -143,6 +143,7 @@ def tune_rewards(settings: RewardSettings) -> Progress:
     )
     tokenizer, model, base, lines = adapt_base(settings, corpus)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
+    settings = replace(settings, drill_steps=drill_steps(settings))
     make_ready(settings, model)
     model.to(accelerator.device)
     first = first_lines(corpus.train, corpus.name, form)
@@ -151,6 +152,8 @@ def tune_rewards(settings: RewardSettings) -> Progress:
     lines.append(
         f"prompts    first lines of {found} stanzas, each continued {settings.num_generations} times"
     )
+    if settings.drill_steps:
+        lines.append(f"drills     the first {settings.drill_steps:,} steps, then one step in {DRILL_EVERY}")
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
     with alone_in(accelerator, Path(settings.folder())):
@@ -216,14 +219,14 @@ def rewards_objective(
         seed=settings.seed,
         eval_texts=settings.eval_texts,
         micro_batch=settings.per_device_train_batch_size,
-        drill_steps=drill_steps(settings),
+        drill_steps=round(settings.drill_steps),
     )
 
 
 def drill_steps(settings: RewardSettings) -> int:
-    """How many steps at the start of a resolved run are drills."""
+    """How many steps at the start of a run, whose length is known, are drills."""
     steps = settings.drill_steps
-    return round(steps if steps >= 1 else steps * settings.max_steps)
+    return round(steps if steps >= 1 else steps * (settings.max_steps or 0))
 
 
 def write_pairs(

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ..common.errors import UserError
 from ..common.text import printable, without_token
 from ..training.checkpoints import read_progress
-from ..training.reporting import loss_unit, read_metrics
+from ..training.reporting import OF_REWARDS, loss_unit, read_metrics
 
 # Settings that say where a run was and with whom it is shared, not what was trained.
 NOT_IN_A_CARD = (
@@ -209,7 +209,7 @@ def _results(corpus_name: str, best: dict, rows: list[dict]) -> list[EvalResult]
     measured = {
         ("validation", "loss", f"loss, {loss_unit(best)}"): best.get("eval_loss"),
         ("validation", "bits_per_character", "bits per character"): best.get("eval_bits_per_char"),
-        ("train", "loss", f"loss of one batch, {loss_unit(best)}"): _last(rows, "train_loss"),
+        ("train", "loss", f"loss of one batch, {loss_unit(best)}"): _train_loss(best, rows),
     }
     return [
         EvalResult(
@@ -224,6 +224,11 @@ def _results(corpus_name: str, best: dict, rows: list[dict]) -> list[EvalResult]
         for (split, metric, label), value in measured.items()
         if value is not None
     ]
+
+
+def _train_loss(best: dict, rows: list[dict]) -> float | None:
+    """None of a run on rewards: what is minimised there is no measure of them."""
+    return None if loss_unit(best) == OF_REWARDS else _last(rows, "train_loss")
 
 
 def _last(rows: list[dict], key: str) -> float | None:
@@ -349,11 +354,12 @@ def _result_words(best: dict, rows: list[dict]) -> str:
     if "eval_bits_per_char" in best:
         words += f" ({best['eval_bits_per_char']:.4f} bits per character)"
     last = max([best["step"], *(row["step"] for row in rows)])
-    words += f" at step {best['step']:,} of {last:,}, over the whole validation split"
+    on = "texts on held-out first lines" if loss_unit(best) == OF_REWARDS else "the whole validation split"
+    words += f" at step {best['step']:,} of {last:,}, over {on}"
     first = rows[0] if rows else best
     if first["step"] == 0 and best["step"] > 0 and "eval_bits_per_char" in first:
         words += f"; before the first step {first['eval_loss']:.4f} ({first['eval_bits_per_char']:.4f})"
-    train_loss = _last(rows, "train_loss")
+    train_loss = _train_loss(best, rows)
     return words + (f"; training loss of the last batch {train_loss:.4f}." if train_loss is not None else ".")
 
 

@@ -67,7 +67,7 @@ class GroupRelativePolicy(Objective):
     """GRPO on texts that begin with given lines.
 
     Args:
-        model: as it is at the start, on its device; the batches are written by it with the weights of that time.
+        model: as it is at the start, on its device; what is no drill is written by it with the weights of that time.
         prompts, held_out: first lines, to tune on and to evaluate on.
         train, validation: the text that the base was trained on.
         batch_size: texts of the global batch.
@@ -161,8 +161,8 @@ class GroupRelativePolicy(Objective):
         return self.batch_size // self.accelerator.num_processes
 
     def _seed(self, step: int) -> int:
-        processes, own = self.accelerator.num_processes, self.accelerator.process_index
-        return (int(mix(np.uint64(self.seed + 1)) ^ np.uint64(step * processes)) >> 1) + own
+        place = step * self.accelerator.num_processes + self.accelerator.process_index
+        return int(mix(mix(np.uint64(self.seed + 1)) ^ np.uint64(place)) >> np.uint64(1))
 
     @torch.no_grad()
     def _as_it_is(self) -> PreTrainedModel:

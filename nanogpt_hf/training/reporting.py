@@ -86,11 +86,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [row for line in _read_lines(path) if (row := _as_row(line)) is not None]
 
 
+OF_REWARDS = "below a reward of 1"
+
+
 def loss_unit(row: Mapping[str, float]) -> str:
     """What a run's losses are in, told from a line of its metrics.jsonl: preferences and rewards do not count tokens."""
     if "eval_accuracy" in row:
         return "nats a pair"
-    return "below a reward of 1" if any(name.startswith("eval_reward") for name in row) else "nats a token"
+    return OF_REWARDS if any(name.startswith("eval_reward") for name in row) else "nats a token"
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -314,15 +317,16 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key, label, style in (
-        ("train_loss", "training, one batch", "-"),
-        ("eval_loss", "validation, whole split", "o-"),
-    ):
+    best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"], default=None)
+    unit = loss_unit(best or {})
+    curves = [("train_loss", "training, one batch", "-"), ("eval_loss", "validation, whole split", "o-")]
+    if unit == OF_REWARDS:  # what is minimised in training is no measure of them
+        curves = [("eval_loss", "texts on held-out lines", "o-")]
+    for key, label, style in curves:
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             faint = key == "train_loss"
             axes.plot(*zip(*points, strict=True), style, label=label, alpha=0.45 if faint else 1, lw=1, ms=3)
-    best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"], default=None)
     if best:
         axes.axhline(best["eval_loss"], ls=":", lw=1, color="gray")
         axes.annotate(
@@ -338,7 +342,7 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
                 "alpha": 0.85,
             },  # the curve runs beneath it
         )
-    axes.set(xlabel="step", ylabel=f"loss, {loss_unit(best or {})}")
+    axes.set(xlabel="step", ylabel=f"loss, {unit}")
     axes.set_title(printable(title), parse_math=False)  # of names, in which $ is a letter
     if axes.get_lines():  # a run may stop before its first losses
         axes.legend()

@@ -60,10 +60,14 @@ class Drills:
         self.stanzas: list[tuple[list[str], list[tuple[Place, Place]]]] = []
         for poem in poems:
             places = [last_word(number, line) for number, line in enumerate(poem.lines)]
-            pairs = []
+            pairs: list[tuple[Place, Place]] = []
             for pair in poem.pairs:
                 one, other = places[pair.first], None if pair.second is None else places[pair.second]
-                if pair.rhymed and one and other and self._sounds(one.shape, other.shape).words:
+                if one is None or other is None or not pair.rhymed:
+                    continue
+                # Of three lines on one rhyme two are drilled.
+                taken = {place.line for done in pairs for place in done}
+                if taken.isdisjoint((one.line, other.line)) and self._sounds(one.shape, other.shape).words:
                     pairs.append((one, other))
             if pairs:
                 self.stanzas.append(([line.text for line in poem.lines], pairs))
@@ -109,8 +113,13 @@ def end_words(lines: Sequence[Line], form: Form) -> dict[tuple[Shape, str], Word
     Other words of one syllable lean on the next word, most of them.
     """
     language = LANGUAGES[form.language]
-    last = Counter(line.ending.words[-1] for line in lines if line.ending is not None)
-    words = {word for line in lines for word in re.findall(f"[{language.LETTERS}]+", line.text.lower())}
+    last = Counter(
+        line.ending.words[0].strip("'’")
+        for line in lines
+        if line.ending is not None and len(line.ending.words) == 1
+    )
+    found_words = (word for line in lines for word in re.findall(f"[{language.LETTERS}]+", line.text.lower()))
+    words = {word.strip("'’") for word in found_words} - {""}
     readings = language.readings(words)
     found: dict[tuple[Shape, str], dict[str, int]] = defaultdict(dict)
     for word in sorted(words):
@@ -124,10 +133,12 @@ def end_words(lines: Sequence[Line], form: Form) -> dict[tuple[Shape, str], Word
 
 
 def last_word(number: int, line: Line) -> Place | None:
-    """None if the line's last stress is not in its last word."""
+    """None if the line's last stress is not in its last word, or the word is a part of another one."""
     if line.ending is None or len(line.ending.words) > 1:
         return None
     word = line.ending.words[0]
     start = line.text.lower().rindex(word)
+    if line.text[:start].endswith("-"):
+        return None
     syllables = sum(start <= syllable.start < start + len(word) for syllable in line.syllables)
     return Place(number, start, start + len(word), (syllables - 1 - line.ending.tail, line.ending.tail))

@@ -34,7 +34,7 @@ Reward = Callable[
 
 class Scanned(NamedTuple):
     """A text's lines (split at newlines): from 0 to 1 of each, whether it is in metre, how near it comes to it, whether it
-    ends as its letter in the scheme wants, and whether it answers an earlier line's rhyme."""
+    ends as its rhyme in the scheme wants, and whether it answers an earlier line's rhyme."""
 
     metre: np.ndarray
     feet: np.ndarray
@@ -54,6 +54,7 @@ def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
         for number, line in zip(poem.numbers, poem.lines, strict=True):
             scanned.metre[number] = line.in_metre
             scanned.feet[number] = near_metre(line, form.metre)
+            scanned.endings[number] = line.ending is not None
         rhymed = []
         for pair in poem.pairs:
             for at in (pair.first, pair.second):
