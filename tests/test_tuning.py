@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.cli import parse
@@ -541,6 +544,18 @@ def test_a_drill_that_is_cut_off_teaches_no_half_word(tokenizer):
         assert whole == text.split("\n")[: len(whole)]
         new = written.ids[0, 2:][written.closing[0] & (np.arange(length - 2) < written.lengths[0])]
         assert set(tokenizer.decode(new).replace("<|endoftext|>", "").split()) <= {"hat,", "cat.", "long"}
+
+
+def test_two_newlines_may_be_one_token():
+    vocabulary = {sign: number for number, sign in enumerate(["a", "b", "c", "\n", "\n\n", "<end>"])}
+    model = Tokenizer(BPE(vocabulary, [("\n", "\n")]))
+    model.decoder = Fuse()
+    merged = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>")
+    write = StanzaWriter(merged, 3, 9, 1.0)
+    assert write.encode("ab").tolist() == [4, 0, 1, 3]
+    written = write.as_if_written(["ab\nca\nb", "ab\nc"], 12)
+    assert written.texts == ["ab\nca\nb", "ab\nc"]
+    assert written.lengths.tolist() == [len("ab\nca\nb") + 1, len("ab\nc") + 1]
 
 
 def test_each_step_has_drills_of_its_own(tokenizer):

@@ -122,7 +122,7 @@ class StanzaWriter:
             lines[:, place] = count
             lengths += ~over
             over, count, last = self._follow(new[:, place], over, count, last)
-        rows = [row[2 : P + length] for row, length in zip(ids, lengths, strict=True)]
+        rows = [row[: P + length] for row, length in zip(ids, lengths, strict=True)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return Written(ids, lengths, lines, self._closing(new), [text.strip("\n") for text in texts])
 
