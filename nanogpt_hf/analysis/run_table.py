@@ -11,7 +11,7 @@ from ..common.cli import tell
 from ..common.errors import UserError
 from ..common.tables import table
 from ..common.text import first_line
-from ..training.reporting import loss_unit, read_metrics
+from ..training.reporting import OF_TOKENS, loss_unit, read_metrics
 from .comparison import short_names
 
 # Settings that say where a run went, not what it was.
@@ -53,7 +53,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
     best = min(measured, key=lambda row: row["eval_loss"])
     return {
         "run": name,
-        "loss": best["eval_loss"] if loss_unit(best) == "nats a token" else math.nan,
+        "loss": best["eval_loss"] if loss_unit(best) == OF_TOKENS else math.nan,
         "bits_per_character": best.get("eval_bits_per_char", math.nan),
         "best_step": best["step"],
         "step": rows[-1]["step"],

@@ -26,8 +26,7 @@ class RewardGroup(Settings):
     reward: list[str] = setting(
         ["metre", "rhyme", "lines"],
         "metre, feet (how near a line comes to the metre), endings (feminine and masculine, where the scheme has both), "
-        "rhyme, "
-        "lines (as many as the form has), or module:function, a function of a text to a number",
+        "rhyme, lines (as many as the form has), or module:function, a function of a text to a number",
         essential=True,
     )
     reward_weights: list[float] = setting([], "their weights, in the same order; default: all the same")

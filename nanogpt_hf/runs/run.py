@@ -31,7 +31,7 @@ from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
 from ..training.lora import adapter_size
 from ..training.objectives import LanguageModeling, Objective
-from ..training.reporting import check_trackers, loss_unit, read_metrics, say
+from ..training.reporting import check_trackers, evaluated_at, loss_unit, read_metrics, say
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
 from ..training.used_folder import check_usable
@@ -125,8 +125,14 @@ def resolve(
 def of_length(settings: R, steps: int) -> R:
     """The settings of a run of so many steps, with its warm-up in steps."""
     steps = max(1, steps)
-    warmup = settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * steps
-    return replace(settings, max_steps=steps, warmup_steps=min(round(warmup), steps // 2))
+    return replace(
+        settings, max_steps=steps, warmup_steps=min(part_of(steps, settings.warmup_steps), steps // 2)
+    )
+
+
+def part_of(steps: int, asked: float) -> int:
+    """So many of a run's steps as a setting asks for: a number, or below 1 a share of them."""
+    return round(asked if asked >= 1 else asked * steps)
 
 
 def settle_length(accelerator: Accelerator, settings: R, model: PreTrainedModel, objective: Objective) -> R:
@@ -279,8 +285,7 @@ def describe_result(accelerator: Accelerator, corpus: AnyCorpus, progress: Progr
     samples = folder / "samples.txt"
     text = samples.read_text(encoding="utf-8") if samples.exists() else ""
     rows = read_metrics(folder / "metrics.jsonl")
-    measured = [row for row in rows if "eval_loss" in row and row["step"] == progress.best_step]
-    best = measured[-1] if measured else {}
+    best = evaluated_at(rows, progress.best_step)
     say(
         accelerator,
         "",

@@ -34,7 +34,7 @@ from ..verse.rhyme import Scheme
 from ..verse.scansion import FORMS, Form
 from ..verse.stanzas import FirstLines, first_lines, whole_stanzas
 from .finetuning import adapt_base, check_that_others_can_load
-from .run import describe, finish, make_ready, resolve, start, start_with
+from .run import describe, finish, make_ready, part_of, resolve, start, start_with
 from .showing import Showing
 
 
@@ -68,13 +68,11 @@ def tune_completions(settings: CompletionSettings) -> Progress:
         settings.seed,
         corpus.characters("validation"),
     )
+    nothing = windows[0].left_out
+    left_out = f", {nothing:,} left out, which hold nothing to learn then" if nothing else ""
     lines.append(
         f"packed     {len(corpus.rows['train']):,} rows in {len(windows[0]):,} windows; {windows[0].cut:,} are cut to the context"
-        + (
-            f", {windows[0].left_out:,} left out, which hold nothing to learn then"
-            if windows[0].left_out
-            else ""
-        )
+        + left_out
     )
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
@@ -143,7 +141,7 @@ def tune_rewards(settings: RewardSettings) -> Progress:
     )
     tokenizer, model, base, lines = adapt_base(settings, corpus)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
-    settings = replace(settings, drill_steps=drill_steps(settings))
+    settings = replace(settings, drill_steps=part_of(settings.max_steps or 0, settings.drill_steps))
     make_ready(settings, model)
     model.to(accelerator.device)
     first = first_lines(corpus.train, corpus.name, form)
@@ -219,14 +217,8 @@ def rewards_objective(
         seed=settings.seed,
         eval_texts=settings.eval_texts,
         micro_batch=settings.per_device_train_batch_size,
-        drill_steps=round(settings.drill_steps),
+        drill_steps=int(settings.drill_steps),
     )
-
-
-def drill_steps(settings: RewardSettings) -> int:
-    """How many steps at the start of a run, whose length is known, are drills."""
-    steps = settings.drill_steps
-    return round(steps if steps >= 1 else steps * (settings.max_steps or 0))
 
 
 def write_pairs(

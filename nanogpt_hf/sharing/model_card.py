@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ..common.errors import UserError
 from ..common.text import printable, without_token
 from ..training.checkpoints import read_progress
-from ..training.reporting import OF_REWARDS, loss_unit, read_metrics
+from ..training.reporting import OF_REWARDS, evaluated_at, loss_unit, read_metrics
 
 # Settings that say where a run was and with whom it is shared, not what was trained.
 NOT_IN_A_CARD = (
@@ -163,8 +163,10 @@ def _best(model: Path, rows: list[dict]) -> dict:
         return min(evaluated, key=lambda row: row["eval_loss"], default={})
     if progress.best_step is None:
         return {"step": progress.step}
-    at_step = [row for row in rows if row["step"] == progress.best_step and "eval_loss" in row]
-    return at_step[-1] if at_step else {"step": progress.best_step, "eval_loss": progress.best_loss}
+    return evaluated_at(rows, progress.best_step) or {
+        "step": progress.best_step,
+        "eval_loss": progress.best_loss,
+    }
 
 
 def read_samples(path: Path) -> str:

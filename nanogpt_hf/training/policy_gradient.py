@@ -45,7 +45,7 @@ from .evaluation import evaluate_split
 from .objectives import Batch, Objective
 
 LEAST_SPREAD = 0.02  # of a reward, which one lucky line would else make a mountain of
-DRILL_EVERY = 3  # steps, after the first ones, which are all drills
+DRILL_EVERY = 3  # steps one is a drill, after the first ones, which all are
 TEXT_EVERY = 4  # one window of text for so many texts that the model writes
 
 

@@ -86,14 +86,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [row for line in _read_lines(path) if (row := _as_row(line)) is not None]
 
 
-OF_REWARDS = "below a reward of 1"
+def evaluated_at(rows: Sequence[dict[str, float]], step: int) -> dict[str, float]:
+    """The last line of a step with its evaluation; empty if there is none."""
+    return next((row for row in reversed(rows) if row["step"] == step and "eval_loss" in row), {})
+
+
+OF_TOKENS, OF_PAIRS, OF_REWARDS = "nats a token", "nats a pair", "below a reward of 1"
 
 
 def loss_unit(row: Mapping[str, float]) -> str:
     """What a run's losses are in, told from a line of its metrics.jsonl: preferences and rewards do not count tokens."""
     if "eval_accuracy" in row:
-        return "nats a pair"
-    return OF_REWARDS if any(name.startswith("eval_reward") for name in row) else "nats a token"
+        return OF_PAIRS
+    return OF_REWARDS if any(name.startswith("eval_reward") for name in row) else OF_TOKENS
 
 
 def _read_lines(path: Path) -> list[str]:

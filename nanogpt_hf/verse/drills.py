@@ -34,14 +34,14 @@ class Place(NamedTuple):
     shape: Shape
 
 
-class Words(NamedTuple):
-    """Words, or sounds, to draw from. weights: added up."""
+class Choices(NamedTuple):
+    """Words or sounds to draw from. weights: added up."""
 
-    words: list[str]
+    options: list[str]
     weights: list[int]
 
     def draw(self, random: Random) -> str:
-        return random.choices(self.words, cum_weights=self.weights)[0]
+        return random.choices(self.options, cum_weights=self.weights)[0]
 
 
 class Drills:
@@ -56,7 +56,7 @@ class Drills:
         self.sounds_of: dict[Shape, set[str]] = defaultdict(set)
         for shape, sound in self.words:
             self.sounds_of[shape].add(sound)
-        self.both: dict[tuple[Shape, Shape], Words] = {}
+        self.both: dict[tuple[Shape, Shape], Choices] = {}
         self.stanzas: list[tuple[list[str], list[tuple[Place, Place]]]] = []
         for poem in poems:
             places = [last_word(number, line) for number, line in enumerate(poem.lines)]
@@ -67,7 +67,7 @@ class Drills:
                     continue
                 # Of three lines on one rhyme two are drilled.
                 taken = {place.line for done in pairs for place in done}
-                if taken.isdisjoint((one.line, other.line)) and self._sounds(one.shape, other.shape).words:
+                if taken.isdisjoint((one.line, other.line)) and self._sounds(one.shape, other.shape).options:
                     pairs.append((one, other))
             if pairs:
                 self.stanzas.append(([line.text for line in poem.lines], pairs))
@@ -97,17 +97,17 @@ class Drills:
                 lines[place.line] = line[: place.start] + word + line[place.end :]
         return Drill("\n".join(lines), [other.line for _, other in pairs])
 
-    def _sounds(self, one: Shape, other: Shape) -> Words:
+    def _sounds(self, one: Shape, other: Shape) -> Choices:
         """The sounds on which a word of one shape can be answered by two or more of another one."""
         if (one, other) not in self.both:
             shared = self.sounds_of[one] & self.sounds_of[other]
-            sounds = sorted(sound for sound in shared if len(self.words[other, sound].words) > 1)
+            sounds = sorted(sound for sound in shared if len(self.words[other, sound].options) > 1)
             weights = accumulate(self.words[one, sound].weights[-1] for sound in sounds)
-            self.both[one, other] = Words(sounds, [*weights])
+            self.both[one, other] = Choices(sounds, [*weights])
         return self.both[one, other]
 
 
-def end_words(lines: Sequence[Line], form: Form) -> dict[tuple[Shape, str], Words]:
+def end_words(lines: Sequence[Line], form: Form) -> dict[tuple[Shape, str], Choices]:
     """By shape and sound the words that end a line, drawn by how often they do, and all longer ones.
 
     Other words of one syllable lean on the next word, most of them.
@@ -129,7 +129,7 @@ def end_words(lines: Sequence[Line], form: Form) -> dict[tuple[Shape, str], Word
                 ending = language.ending((word,), (reading,), stressed)
                 for sound in ending.sounds:
                     found[(stressed, ending.tail), sound][word] = max(1, last[word])
-    return {key: Words([*of_key], [*accumulate(of_key.values())]) for key, of_key in found.items()}
+    return {key: Choices([*of_key], [*accumulate(of_key.values())]) for key, of_key in found.items()}
 
 
 def last_word(number: int, line: Line) -> Place | None:

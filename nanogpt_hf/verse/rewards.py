@@ -54,7 +54,7 @@ def scan_lines(texts: Sequence[str], form: Form) -> list[Scanned]:
         for number, line in zip(poem.numbers, poem.lines, strict=True):
             scanned.metre[number] = line.in_metre
             scanned.feet[number] = near_metre(line, form.metre)
-            scanned.endings[number] = line.ending is not None
+            scanned.endings[number] = line.ending is not None  # what rhymes with nothing may end anyhow
         rhymed = []
         for pair in poem.pairs:
             for at in (pair.first, pair.second):
