@@ -8,7 +8,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from nanogpt_hf.training.optimization import Layout, Muon
+from nanogpt_hf.training.muon import Layout, Muon
 from nanogpt_hf.training.sharding import AdamW, clip_sharded_grad_norm_, local
 
 PROCESSES = 3

@@ -17,15 +17,14 @@ from nanogpt_hf.common.errors import UserError
 from nanogpt_hf.common.settings import Schedule, Tracker, TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.runs.run import of_length
-from nanogpt_hf.training import optimization
+from nanogpt_hf.training import muon as muon_module
+from nanogpt_hf.training.muon import Layout, Muon, orthogonalize
 from nanogpt_hf.training.objectives import LanguageModeling
 from nanogpt_hf.training.optimization import (
-    Muon,
     learning_rates,
     make_capturable,
     make_optimizers,
     make_schedule,
-    orthogonalize,
     set_learning_rates,
 )
 from nanogpt_hf.training.stepping import Stepper, accumulate_gradients, step_seed
@@ -192,7 +191,7 @@ def test_orthogonalize_of_any_shape_and_condition_is_the_iteration_in_float64(ro
 
 
 def test_muon_takes_the_steps_of_torchs_muon(monkeypatch):
-    monkeypatch.setattr(optimization, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
+    monkeypatch.setattr(muon_module, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
     shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
     models = []
     for make_muon in (lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.2), lambda p: Muon(p, 0.1, 0.2)):
@@ -213,6 +212,28 @@ def test_muon_takes_the_steps_of_torchs_muon(monkeypatch):
     for theirs, ours in zip(*models, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)  # bfloat16 rounds in another order
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-3), (torch.float32, 1e-6)])
+def test_muons_kernels_do_what_torchs_operations_do(dtype, tolerance, monkeypatch):
+    layouts = [Layout(), Layout(outputs=(40, 24, 24)), Layout(True, (40, 24, 24)), Layout(True)]
+    results = []
+    with_kernels = muon_module._kernels
+    assert with_kernels(torch.device("cuda"))
+    for kernels in (with_kernels, lambda device: None):
+        monkeypatch.setattr(muon_module, "_kernels", kernels)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(88, 33), (88, 33), (33, 88), (1500, 33)]
+        weights = [torch.nn.Parameter(torch.randn(shape, generator=generator).cuda()) for shape in shapes]
+        muon = Muon(weights, lr=0.1, weight_decay=0.2, momentum=0.7, dtype=dtype, layouts=layouts)
+        for rate in (0.1, 0.05, torch.tensor(0.02, device="cuda")):  # a tensor, as in a CUDA graph
+            muon.param_groups[0]["lr"] = rate
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator).cuda()
+            muon.step()
+        results.append([*weights, *(muon.state[weight]["momentum_buffer"] for weight in weights)])
+    torch.testing.assert_close(*results, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,7 +1,7 @@
 """Cross-entropy fused with the head: the logits exist a chunk of rows at a time and never in float32.
 
 torch's own torch.nn.functional.linear_cross_entropy does it from torch 2.13 on, in several passes over the logits.
-This is one kernel on CUDA, which reads and writes them once, wherever Triton can make it.
+This is one kernel on CUDA, which fetches and writes them once, wherever Triton can make it.
 """
 
 import functools
@@ -111,8 +111,9 @@ def _softmax_gradient_in_one_kernel(
 
     N, V = logits.shape
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
-    block = min(4096, 1 << (V - 1).bit_length())  # of 18 sizes tried on an H200 the fastest, with 8 warps
+    block = min(8192, 1 << (V - 1).bit_length())
+    warps = 16 if block == 8192 else 8  # of seven pairs tried on an H100 with 50,257 classes the fastest
     softmax_gradient_kernel[(N,)](
-        logits, targets, losses, scale, logits.stride(0), V, BLOCK=block, num_warps=8
+        logits, targets, losses, scale, logits.stride(0), V, BLOCK=block, num_warps=warps
     )
     return losses
