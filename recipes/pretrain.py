@@ -73,6 +73,8 @@ def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
     if preset == "cpu":
         length = {} if length_is_said else {"max_steps": 2000}
         return chosen | ON_A_CPU | length | {"per_device_train_batch_size": at_once}
+    # As GPT-2 starts the ends of residual branches shorter by this factor, so Muon moves them.
+    chosen["muon_residual_scale"] = round((2 * (said.get("n_layer") or size.n_layer)) ** -0.5, 4)
     # A tied embedding of twice the width takes steps shorter by the root of two, as in nanochat.
     chosen["learning_rate"] = round(3e-3 * (768 / size.n_embd) ** 0.5, 5)
     if said.get("architecture") in (None, "qwen3", "modern") and not said.get("n_embd"):

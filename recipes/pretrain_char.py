@@ -20,6 +20,7 @@ DEFAULTS = {
         optim="muon",
         muon_learning_rate=0.03,
         muon_momentum=0.9,
+        muon_residual_scale=0.3536,  # as GPT-2 starts these matrices: 1 / sqrt(2 n_layer)
         learning_rate=0.02,
         weight_decay=0.0,
         per_device_train_batch_size=8,

@@ -251,12 +251,12 @@ def test_norms_and_biases_may_have_a_rate_of_their_own():
     assert learning_rates(settings, 0.5) == {"learning_rate": 0.05, "vector_learning_rate": 0.15}
 
 
-def moves_of_muon(model, gradients):
+def moves_of_muon(model, gradients, **settings):
     """What a step of Muon adds to each matrix of the blocks, after gradients by name."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.grad = gradients.get(name)
-    _, muon = make_optimizers(model, TrainingSettings(optim="muon", bf16=False, weight_decay=0.0))
+    _, muon = make_optimizers(model, TrainingSettings(optim="muon", bf16=False, weight_decay=0.0, **settings))
     muon.step()
     return {name: model.get_parameter(name).detach() - before[name] for name in gradients}
 
@@ -282,6 +282,19 @@ def test_muon_moves_a_matrix_the_same_however_its_weight_is_laid_out():
         size = min(move.shape) ** 0.5 * 0.02 * (2 if "c_fc" in name else 1)  # 2: four outputs an input
         size *= 3**0.5 if "c_attn" in name else 1
         assert move.norm() == pytest.approx(size, rel=0.15), name
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_the_ends_of_residual_branches_move_by_their_own_scale(architecture):
+    moves = []
+    for scale in (1.0, 0.25):
+        torch.manual_seed(0)
+        model, weights = blocks_of(architecture=architecture)
+        gradients = {name: torch.randn_like(weight) for name, weight in weights.items()}
+        moves.append(moves_of_muon(model, gradients, muon_residual_scale=scale))
+    for name, move in moves[0].items():
+        expected = move * 0.25 if "c_proj" in name else move
+        torch.testing.assert_close(moves[1][name], expected, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])

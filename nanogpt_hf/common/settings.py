@@ -273,6 +273,9 @@ class OptimizerSettings(Settings):
     )
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", ge=0)
     muon_momentum: float = setting(0.95, "momentum of Muon; runs of few steps want less", ge=0, lt=1)
+    muon_residual_scale: float = setting(
+        1.0, "times Muon's rate: that of the matrices that end a residual branch (c_proj)", ge=0
+    )
     weight_decay: float = setting(0.1, "decay of matrices (norms and biases have none)", ge=0)
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = setting(0.99, "decay of AdamW's second moment", ge=0, lt=1)
@@ -353,7 +356,9 @@ class RunSettings(
 ):
     """What every run has. Named as in transformers' TrainingArguments and GPT2Config wherever those have one."""
 
-    BEFORE: ClassVar[dict[str, Any]] = DataSettings.BEFORE | {"vector_learning_rate": None}
+    BEFORE: ClassVar[dict[str, Any]] = DataSettings.BEFORE | {
+        "vector_learning_rate": None, "muon_residual_scale": 1.0
+    }  # fmt: skip
 
     def folder(self) -> str:
         """The run folder, output_dir or the default."""

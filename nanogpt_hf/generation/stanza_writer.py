@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..data.tokenization import encode, encode_each
+from ..verse.stanzas import prompt_of
 from .text import generate_ids
 
 
@@ -61,8 +62,8 @@ class StanzaWriter:
         return cls(tokenizer, lines, longest + 8, temperature)
 
     def encode(self, line: str) -> np.ndarray:
-        """The prompt of a first line: it begins a stanza."""
-        return encode(self.tokenizer, f"\n\n{line}\n")
+        """The prompt of a first line."""
+        return encode(self.tokenizer, prompt_of(line))
 
     def by_length(self, lines: Sequence[str]) -> list[np.ndarray]:
         """The prompts of each length in tokens (N P), since texts are written side by side."""

@@ -35,7 +35,7 @@ from ..training.reporting import check_trackers, evaluated_at, loss_unit, read_m
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
 from ..training.used_folder import check_usable
-from .showing import Showing, sample_base
+from .showing import NEW_LINE, Showing, sample_base
 
 R = TypeVar("R", bound=RunSettings)
 C = TypeVar("C")
@@ -264,12 +264,15 @@ def finish(
     merge = getattr(settings, "merge", False)
     if accelerator.is_main_process:
         folder = Path(settings.folder())
-        if settings.model_name_or_path and (text := sample_base(accelerator, settings)) is not None:
+        if (
+            settings.model_name_or_path
+            and (text := sample_base(accelerator, settings, show.prompt)) is not None
+        ):
             with files_written_whole(folder) as staging:
                 (staging / "samples_before.txt").write_text(text, encoding="utf-8")
         show.ended = True
         show_best(folder, show)
-        describe_result(accelerator, corpus, progress, folder)
+        describe_result(accelerator, corpus, progress, folder, show.prompt)
         if merge:
             delete(folder / "merged")
             export_run(folder, folder / "merged", settings.hub_format, merge=True)
@@ -280,12 +283,18 @@ def finish(
     accelerator.end_training()
 
 
-def describe_result(accelerator: Accelerator, corpus: AnyCorpus, progress: Progress, folder: Path) -> None:
+def describe_result(
+    accelerator: Accelerator, corpus: AnyCorpus, progress: Progress, folder: Path, prompt: str
+) -> None:
     """The last screen."""
     samples = folder / "samples.txt"
     text = samples.read_text(encoding="utf-8") if samples.exists() else ""
     rows = read_metrics(folder / "metrics.jsonl")
     best = evaluated_at(rows, progress.best_step)
+    more = f"{command('sample')} --model {shlex.quote(str(folder))}"
+    if prompt != NEW_LINE:
+        prompt = prompt.replace("\n", "\\n")  # as --prompt takes it
+        more += f" --prompt {shlex.quote(prompt)}"
     say(
         accelerator,
         "",
@@ -296,5 +305,5 @@ def describe_result(accelerator: Accelerator, corpus: AnyCorpus, progress: Progr
         *bits_words(rows, best, corpus),
         *memory_words(accelerator.device),
         f"run folder      {folder}",
-        f"more samples    {command('sample')} --model {shlex.quote(str(folder))}",
+        f"more samples    {more}",
     )

@@ -21,6 +21,7 @@ from ..training.reporting import draw_loss_curve, read_metrics, say
 
 SMALL = 2**28  # bytes of weights, of which a second model surely fits beside the one that trains
 SHARE_OF_TIME = 0.03
+NEW_LINE = "\n"  # the prompt that every tokenizer knows and that says least
 
 
 class Showing:
@@ -32,11 +33,14 @@ class Showing:
     --sample_on_eval wants all of them every time, or, false, no samples before the end.
 
     Attributes:
+        prompt: what the samples go on with.
         ended: whether the run has come to its end; then nothing is left out.
     """
 
-    def __init__(self, accelerator: Accelerator, settings: RunSettings, corpus: AnyCorpus):
-        self.accelerator, self.settings = accelerator, settings
+    def __init__(
+        self, accelerator: Accelerator, settings: RunSettings, corpus: AnyCorpus, prompt: str = NEW_LINE
+    ):
+        self.accelerator, self.settings, self.prompt = accelerator, settings, prompt
         self.run = Path(settings.folder())
         source = settings.model_name_or_path or settings.tokenizer
         self.title = f"{Path(corpus.name).name}, {Path(source).name}"  # without folders of this machine
@@ -86,7 +90,7 @@ class Showing:
         # Whole, where the one that trains may be sharded.
         model, tokenizer = load_model_and_tokenizer(str(folder), to_write=True)
         amount = (3, self.settings.sample_length) if last else (1, min(200, self.settings.sample_length))
-        return sample(model.to(self.accelerator.device), tokenizer, self.settings.seed, *amount)
+        return sample(model.to(self.accelerator.device), tokenizer, self.prompt, self.settings.seed, *amount)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         written_if_possible(path, write, tell=lambda line: say(self.accelerator, line))
@@ -99,20 +103,25 @@ def first_lines(samples: str, count: int = 2) -> list[str]:
 
 
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int, texts: int, tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    seed: int,
+    texts: int,
+    tokens: int,
 ) -> str:
-    samples = generate_text(
-        model, tokenizer, "\n", num_return_sequences=texts, max_new_tokens=tokens, temperature=0.8, seed=seed
-    )
-    return printable("\n\n---\n\n".join(sample.strip() for sample in samples) + "\n")
+    amount = {"num_return_sequences": texts, "max_new_tokens": tokens}
+    samples = generate_text(model, tokenizer, prompt, **amount, temperature=0.8, seed=seed)
+    return printable("\n\n---\n\n".join((prompt + sample).strip() for sample in samples) + "\n")
 
 
-def sample_base(accelerator: Accelerator, settings: RunSettings) -> str | None:
+def sample_base(accelerator: Accelerator, settings: RunSettings, prompt: str) -> str | None:
     """What the base writes without training, if it can still be had."""
     base = settings.model_name_or_path
     try:
         model, tokenizer = load_model_and_tokenizer(base, to_write=True)
-        return sample(model.to(accelerator.device), tokenizer, settings.seed, 3, settings.sample_length)
+        amount = (3, settings.sample_length)
+        return sample(model.to(accelerator.device), tokenizer, prompt, settings.seed, *amount)
     except UserError as error:
         say(accelerator, f"warning: no samples of the base, {first_line(error)}.")
         return None

@@ -32,7 +32,7 @@ from ..verse.metre import Metre
 from ..verse.rewards import Rewards, scan_lines, spare_cores
 from ..verse.rhyme import Scheme
 from ..verse.scansion import FORMS, Form
-from ..verse.stanzas import FirstLines, first_lines, whole_stanzas
+from ..verse.stanzas import FirstLines, first_lines, prompt_of, whole_stanzas
 from .finetuning import adapt_base, check_that_others_can_load
 from .run import describe, finish, make_ready, part_of, resolve, start, start_with
 from .showing import Showing
@@ -153,7 +153,7 @@ def tune_rewards(settings: RewardSettings) -> Progress:
     if settings.drill_steps:
         lines.append(f"drills     the first {settings.drill_steps:,} steps, then one step in {DRILL_EVERY}")
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
-    show = Showing(accelerator, settings, corpus)
+    show = Showing(accelerator, settings, corpus, prompt=prompt_of(first.held_out[0]))
     with alone_in(accelerator, Path(settings.folder())):
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show, base)
         if settings.table_texts and accelerator.is_main_process:
@@ -244,7 +244,7 @@ def write_pairs(
             first, _, best = texts[ranked[-1]].partition("\n")
             worst = texts[ranked[0]].partition("\n")[2]
             if best and worst and worth[ranked[-1]] > worth[ranked[0]]:
-                yield {"prompt": f"\n\n{first}\n", "chosen": best, "rejected": worst}
+                yield {"prompt": prompt_of(first), "chosen": best, "rejected": worst}
 
 
 def compare_verse(

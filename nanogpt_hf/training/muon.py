@@ -74,10 +74,12 @@ class Layout(NamedTuple):
     Attributes:
         fan_in_fan_out: it is Conv1D's (peft's word).
         outputs: how many belong to each of the matrices that lie side by side in it; None: it is one matrix.
+        multiplier: of the length of their updates.
     """
 
     fan_in_fan_out: bool = False
     outputs: tuple[int, ...] | None = None
+    multiplier: float = 1.0
 
     def matrices(self, weight: torch.Tensor) -> Sequence[torch.Tensor]:
         """Views of each matrix, as the weight holds it."""
@@ -86,13 +88,16 @@ class Layout(NamedTuple):
     def scale(self, rows: int, columns: int) -> float:
         """Of an update of one of its matrices: the more outputs an input has, the longer the update."""
         fan_out, fan_in = (columns, rows) if self.fan_in_fan_out else (rows, columns)
-        return math.sqrt(max(1, fan_out / fan_in))
+        return self.multiplier * math.sqrt(max(1, fan_out / fan_in))
 
 
-def find_layouts(model: nn.Module) -> dict[nn.Parameter, Layout]:
-    """The layout of each weight that is not one matrix (outputs, inputs).
+def find_layouts(model: nn.Module, residual_scale: float = 1.0) -> dict[nn.Parameter, Layout]:
+    """The layout of each weight that is not one matrix (outputs, inputs) like all others.
 
     Queries, keys and values are matrices of their own, so are a SwiGLU's gate and value.
+
+    Args:
+        residual_scale: multiplier of the matrices that end a residual branch of NanoGPT's blocks.
     """
     layouts = {m.weight: Layout(fan_in_fan_out=True) for m in model.modules() if isinstance(m, Conv1D)}
     for module in model.modules():
@@ -105,6 +110,9 @@ def find_layouts(model: nn.Module) -> dict[nn.Parameter, Layout]:
             layout = layouts.get(weight, Layout())
             half = weight.shape[int(layout.fan_in_fan_out)] // 2
             layouts[weight] = layout._replace(outputs=(half, half))
+        if getattr(module, "ends_residual_branch", False):
+            layout = layouts.get(module.weight, Layout())
+            layouts[module.weight] = layout._replace(multiplier=residual_scale)
     return layouts
 
 
@@ -168,16 +176,16 @@ class Muon(torch.optim.Optimizer):
             ):
                 for pair in zip(layout.matrices(direction), layout.matrices(change), strict=True):
                     shape = pair[0].shape
-                    batches[shape, layout.scale(*shape)].append(pair)
+                    batches[shape].append((*pair, layout.scale(*shape)))
         decay = group["weight_decay"]
         if shares[0].size > 1:  # its changes are not the weights
             torch._foreach_mul_(local_weights, 1 - group["lr"] * decay)
             decay = 0.0
-        for (shape, scale), pairs in batches.items():
-            updates = torch.empty(len(pairs), *shape, dtype=self.dtype, device=pairs[0][0].device)
-            torch._foreach_copy_(updates.unbind(), [direction for direction, _ in pairs])
-            changes = [change for _, change in pairs]
-            _subtract(kernels, changes, orthogonalize(updates), group["lr"], scale, decay)
+        for shape, members in batches.items():
+            directions, changes, scales = zip(*members, strict=True)
+            updates = torch.empty(len(members), *shape, dtype=self.dtype, device=directions[0].device)
+            torch._foreach_copy_(updates.unbind(), directions)
+            _subtract(kernels, changes, orthogonalize(updates), group["lr"], scales, decay)
         for share in shares:
             share.add_changes()
         return loss
@@ -203,23 +211,23 @@ def _subtract(
     matrices: Sequence[torch.Tensor],
     updates: torch.Tensor,
     rate: float | torch.Tensor,
-    scale: float,
+    scales: Sequence[float],
     decay: float,
 ) -> None:
-    """Lets B matrices of one shape decay and takes the updates (B R C) times rate and scale from them, in place.
+    """Lets B matrices of one shape decay and takes their updates (B R C) times rate and scale from them, in place.
 
     Args:
         rate: a tensor in a CUDA graph.
     """
     if kernels:
         rate = torch.as_tensor(rate, dtype=torch.float32, device=updates.device)
-        for matrix, update in zip(matrices, updates, strict=True):
-            kernels.subtract(matrix, update, rate, scale, decay)
-        return
-    if decay:
+    elif decay:
         torch._foreach_mul_(matrices, 1 - rate * decay)
-    for matrix, update in zip(matrices, updates.mul_(scale * rate), strict=True):
-        matrix.sub_(update)
+    for matrix, update, scale in zip(matrices, updates, scales, strict=True):
+        if kernels:
+            kernels.subtract(matrix, update, rate, scale, decay)
+        else:
+            matrix.sub_(update.mul_(scale * rate))
 
 
 @functools.cache

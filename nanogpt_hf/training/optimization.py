@@ -50,7 +50,7 @@ def make_optimizers(model: PreTrainedModel, settings: RunSettings) -> list[torch
     if muon:
         fast = settings.bf16 is not False and has_fast_bf16(muon[0].device.type)
         dtype = torch.bfloat16 if fast else torch.float32
-        found = find_layouts(model)
+        found = find_layouts(model, settings.muon_residual_scale)
         layouts = [found.get(parameter, Layout()) for parameter in muon]
         rate, decay, momentum = settings.muon_learning_rate, settings.weight_decay, settings.muon_momentum
         optimizers.append(Muon(muon, rate, decay, momentum, dtype, layouts))

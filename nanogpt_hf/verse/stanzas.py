@@ -25,6 +25,11 @@ def whole_stanzas(documents: Sequence[str], form: Form) -> list[str]:
     return [stanza for stanza in stanzas if stanza.count("\n") + 1 == len(form.scheme.stanza)]
 
 
+def prompt_of(first_line: str) -> str:
+    """What a model is given to go on with: the line begins a stanza."""
+    return f"\n\n{first_line}\n"
+
+
 def first_lines(documents: Sequence[str], name: str, form: Form) -> FirstLines:
     """Of the stanzas in the form, of which at least half the pairs rhyme.
 
