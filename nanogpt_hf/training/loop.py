@@ -65,6 +65,8 @@ def train(
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if accelerator.is_main_process:
         changes = open_run_folder(settings, corpus, tokenizer, identity, progress, checkpoint)
+        if checkpoint is not None:
+            say(accelerator, f"goes on    from step {progress.step:,} of {settings.max_steps:,}: {checkpoint}")
         say(accelerator, *changes)
     accelerator.wait_for_everyone()
     take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor)
@@ -77,6 +79,7 @@ def train(
             return evaluate_and_note(settings, model, objective, progress)
 
     def keep_best() -> None:
+        log.sync(progress)
         replace_best(accelerator, model, tokenizer, progress, folder, show)
         log.restart_clock()
 
