@@ -20,6 +20,7 @@ from nanogpt_hf.runs import run as runs
 from nanogpt_hf.runs.budget import sequences_per_step
 from nanogpt_hf.training import timing
 from nanogpt_hf.training.objectives import LanguageModeling
+from recipes import pretrain_char
 from recipes.pretrain import defaults, main
 
 TINY = "--n_layer 1 --n_embd 32 --n_head 2 --n_positions 16 --use_cpu --sample_length 20".split()
@@ -62,6 +63,17 @@ def test_without_a_length_it_is_twenty_tokens_a_parameter():
         model = NanoGPTForCausalLM(preset_config("gpt2", bos_token_id=0, eos_token_id=0))
     assert settings.train_tokens == pytest.approx(20 * model.num_parameters(), rel=0.02)
     assert settings.max_steps is None
+
+
+@pytest.mark.parametrize("preset, words", [("gpt2", []), ("gpt2", ["--n_layer", "3"]), ("cpu", [])])
+def test_the_ends_of_residual_branches_move_as_gpt2_starts_them(preset, words):
+    recipe = pretrain_char.DEFAULTS[preset] if preset == "cpu" else vars(settings_for(*words))
+    depth = {"n_layer": int(words[1])} if words else {}
+    block = NanoGPTForCausalLM(
+        preset_config(preset, n_embd=192, vocab_size=9, bos_token_id=0, eos_token_id=0, **depth)
+    ).transformer.h[0]
+    ratio = block.mlp.c_proj.weight.std() / block.mlp.c_fc.weight.std()
+    assert recipe["muon_residual_scale"] == pytest.approx(ratio.item(), rel=0.02)
 
 
 def test_shards_are_not_read_more_than_four_times(tmp_path):
