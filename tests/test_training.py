@@ -219,10 +219,9 @@ def test_muon_takes_the_steps_of_torchs_muon(monkeypatch):
 def test_muons_kernels_do_what_torchs_operations_do(dtype, tolerance, monkeypatch):
     layouts = [Layout(), Layout(outputs=(40, 24, 24)), Layout(True, (40, 24, 24)), Layout(True)]
     results = []
-    with_kernels = muon_module._kernels
-    assert with_kernels(torch.device("cuda"))
-    for kernels in (with_kernels, lambda device: None):
-        monkeypatch.setattr(muon_module, "_kernels", kernels)
+    assert muon_module.kernels("nanogpt_hf.training.muon_kernels", torch.device("cuda"))
+    for kernels in (muon_module.kernels, lambda name, device: None):
+        monkeypatch.setattr(muon_module, "kernels", kernels)
         generator = torch.Generator().manual_seed(0)
         shapes = [(88, 33), (88, 33), (33, 88), (1500, 33)]
         weights = [torch.nn.Parameter(torch.randn(shape, generator=generator).cuda()) for shape in shapes]

@@ -4,7 +4,6 @@ Shapes: B rows, T time (tokens), C channels, H heads, K heads of keys and values
 the cache.
 """
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..common.errors import UserError
+from ..common.kernels import kernels
 from ..model.modeling_nanogpt import (
     NanoGPTAttention,
     NanoGPTBlock,
@@ -218,11 +218,11 @@ class _Block:
         self.ln_1, self.ln_2 = plain(block.ln_1), plain(block.ln_2)
         self.c_attn, self.c_proj = plain(attention.c_attn, int8), plain(attention.c_proj, int8)
         self.c_fc, self.c_out = plain(mlp.c_fc, int8), plain(mlp.c_proj, int8)
-        kernels = _kernels(attention.c_attn.weight.device)
-        self.place_heads = _place_heads(attention, kernels)
+        fused = kernels(f"{__package__}.step_kernels", attention.c_attn.weight.device)
+        self.place_heads = _place_heads(attention, fused)
         self.activation = mlp.activation
         if mlp.gated:
-            self.activation = kernels.swiglu if kernels else swiglu
+            self.activation = fused.swiglu if fused else swiglu
 
     def __call__(
         self,
@@ -250,27 +250,15 @@ class _Block:
         return x + self.c_out(self.activation(self.c_fc(self.ln_2(x))))
 
 
-@functools.cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """The kernels of step_kernels.py, where Triton is here (torch on Windows and CPUs has none) and works."""
-    if device.type != "cuda":
-        return None
-    try:
-        from . import step_kernels
-    except ImportError:
-        return None
-    return step_kernels if step_kernels.work(device) else None
-
-
-def _place_heads(attention: NanoGPTAttention, kernels: ModuleType | None) -> Callable[..., torch.Tensor]:
+def _place_heads(attention: NanoGPTAttention, fused: ModuleType | None) -> Callable[..., torch.Tensor]:
     """What makes queries (B H D) of c_attn's output (B (H + 2K) D) and puts keys and values into the cache.
 
     Its other arguments: keys and values (B K L D), the position, and cosines and signed sines (L D each) or None.
     """
     norms = (attention.q_norm, attention.k_norm) if attention.config.qk_norm else ()
-    if kernels and all(type(norm) is RMSNorm for norm in norms):
+    if fused and all(type(norm) is RMSNorm for norm in norms):
         weights = (torch.cat([norm.weight for norm in norms]), norms[0].eps) if norms else None
-        return partial(kernels.place_heads, norms=weights)
+        return partial(fused.place_heads, norms=weights)
     heads = attention.heads
     normalize = _side_by_side(*norms, heads) if norms else None
 

@@ -4,11 +4,12 @@ torch's own torch.nn.functional.linear_cross_entropy does it from torch 2.13 on,
 This is one kernel on CUDA, which fetches and writes them once, wherever Triton can make it.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from ..common.kernels import kernels
 
 CHUNK_BYTES = 2**30  # of logits that exist at once
 # Rows. With GPT-2's 50,257 two of the head's products took 22.8 ms for 16,384 tokens, with 50,304 some 3.1 (by profiles on
@@ -82,38 +83,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Losses (N) of logits (N V), which become the gradient of the losses' sum times scale; -100 is no target."""
-    if logits.is_cuda and _kernel_works(logits.device):
-        return _softmax_gradient_in_one_kernel(logits, targets, scale)
+    if fused := kernels(f"{__package__}.fused_loss_kernel", logits.device):
+        return fused.softmax_gradient_(logits, targets, scale)
     counts = targets != -100
     places = targets.clamp(min=0)[:, None]
     logs = logits.float().log_softmax(dim=-1)
     losses = -logs.gather(1, places)[:, 0] * counts
     gradient = logs.exp_().scatter_add_(1, places, logs.new_full(places.shape, -1.0))
     logits.copy_(gradient.mul_((counts * scale)[:, None]))
-    return losses
-
-
-@functools.cache
-def _kernel_works(device: torch.device) -> bool:
-    """Whether Triton is here (torch on Windows has none), and the C compiler that it needs."""
-    one = torch.zeros(1, 1, device=device)
-    try:
-        _softmax_gradient_in_one_kernel(one, torch.zeros(1, dtype=torch.long, device=device), one.sum())
-    except Exception:  # as many kinds as there are reasons
-        return False
-    return True
-
-
-def _softmax_gradient_in_one_kernel(
-    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-    from .fused_loss_kernel import softmax_gradient_kernel
-
-    N, V = logits.shape
-    losses = torch.empty(N, dtype=torch.float32, device=logits.device)
-    block = min(8192, 1 << (V - 1).bit_length())
-    warps = 16 if block == 8192 else 8  # of seven pairs tried on an H100 with 50,257 classes the fastest
-    softmax_gradient_kernel[(N,)](
-        logits, targets, losses, scale, logits.stride(0), V, BLOCK=block, num_warps=warps
-    )
     return losses

@@ -1,11 +1,27 @@
-"""The Triton kernel of fused_loss.py: Triton reads a kernel's source from a file that imports it at the top."""
+"""The Triton kernel of fused_loss.py."""
 
+import torch
 import triton
 import triton.language as tl
 
 
+def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """fused_loss.softmax_gradient_ in one kernel."""
+    N, V = logits.shape
+    losses = torch.empty(N, dtype=torch.float32, device=logits.device)
+    block = min(8192, 1 << (V - 1).bit_length())
+    warps = 16 if block == 8192 else 8  # of seven pairs tried on an H100 with 50,257 classes the fastest
+    _softmax_gradient[(N,)](logits, targets, losses, scale, logits.stride(0), V, BLOCK=block, num_warps=warps)
+    return losses
+
+
+def try_out(device: torch.device) -> None:
+    one = torch.zeros(1, 1, device=device)
+    softmax_gradient_(one, torch.zeros(1, dtype=torch.long, device=device), one.sum())
+
+
 @triton.jit
-def softmax_gradient_kernel(logits, targets, losses, scale, stride, V, BLOCK: tl.constexpr):
+def _softmax_gradient(logits, targets, losses, scale, stride, V, BLOCK: tl.constexpr):
     """One row: its loss, and the gradient in the place of its logits.
 
     The row is read three times (its top, the sum of exponentials, the gradient), the last two from the L2 cache: so a

@@ -66,7 +66,9 @@ def train(
     if accelerator.is_main_process:
         changes = open_run_folder(settings, corpus, tokenizer, identity, progress, checkpoint)
         if checkpoint is not None:
-            say(accelerator, f"goes on    from step {progress.step:,} of {settings.max_steps:,}: {checkpoint}")
+            say(
+                accelerator, f"goes on    from step {progress.step:,} of {settings.max_steps:,}: {checkpoint}"
+            )
         say(accelerator, *changes)
     accelerator.wait_for_everyone()
     take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor)

@@ -1,6 +1,5 @@
 """Muon: momentum whose updates are orthogonalised matrices."""
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common.kernels import kernels
 from ..model.modeling_nanogpt import NanoGPTAttention, NanoGPTMLP
 from .sharding import local
 from .sharing_out import SharedOut
@@ -159,8 +159,9 @@ class Muon(torch.optim.Optimizer):
         local_weights = [local(parameter) for parameter in parameters]
         momenta = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         gradients = [local(parameter.grad) for parameter in parameters]
-        kernels = _kernels(local_weights[0].device) if all(w.is_contiguous() for w in local_weights) else None
-        directions = _blend(kernels, momenta, gradients, group["momentum"], self.dtype)
+        contiguous = all(weight.is_contiguous() for weight in local_weights)
+        fused = kernels(f"{__package__}.muon_kernels", local_weights[0].device) if contiguous else None
+        directions = _blend(fused, momenta, gradients, group["momentum"], self.dtype)
 
         of_one_shape = defaultdict(list)
         for parameter, direction, layout in zip(parameters, directions, layouts, strict=True):
@@ -185,29 +186,29 @@ class Muon(torch.optim.Optimizer):
             directions, changes, scales = zip(*members, strict=True)
             updates = torch.empty(len(members), *shape, dtype=self.dtype, device=directions[0].device)
             torch._foreach_copy_(updates.unbind(), directions)
-            _subtract(kernels, changes, orthogonalize(updates), group["lr"], scales, decay)
+            _subtract(fused, changes, orthogonalize(updates), group["lr"], scales, decay)
         for share in shares:
             share.add_changes()
         return loss
 
 
 def _blend(
-    kernels: ModuleType | None,
+    fused: ModuleType | None,
     momenta: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
     momentum: float,
     dtype: torch.dtype,
 ) -> Sequence[torch.Tensor]:
     """Moves the buffers towards the gradients, in place; returns Nesterov's directions."""
-    if kernels:
+    if fused:
         pairs = zip(momenta, gradients, strict=True)
-        return [kernels.blend(buffer, gradient.contiguous(), momentum, dtype) for buffer, gradient in pairs]
+        return [fused.blend(buffer, gradient.contiguous(), momentum, dtype) for buffer, gradient in pairs]
     torch._foreach_lerp_(momenta, gradients, 1 - momentum)
     return torch._foreach_lerp(gradients, momenta, momentum)
 
 
 def _subtract(
-    kernels: ModuleType | None,
+    fused: ModuleType | None,
     matrices: Sequence[torch.Tensor],
     updates: torch.Tensor,
     rate: float | torch.Tensor,
@@ -219,24 +220,12 @@ def _subtract(
     Args:
         rate: a tensor in a CUDA graph.
     """
-    if kernels:
+    if fused:
         rate = torch.as_tensor(rate, dtype=torch.float32, device=updates.device)
     elif decay:
         torch._foreach_mul_(matrices, 1 - rate * decay)
     for matrix, update, scale in zip(matrices, updates, scales, strict=True):
-        if kernels:
-            kernels.subtract(matrix, update, rate, scale, decay)
+        if fused:
+            fused.subtract(matrix, update, rate, scale, decay)
         else:
             matrix.sub_(update.mul_(scale * rate))
-
-
-@functools.cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """muon_kernels.py, where Triton is here (torch on Windows and CPUs has none) and works."""
-    if device.type != "cuda":
-        return None
-    try:
-        from . import muon_kernels
-    except ImportError:
-        return None
-    return muon_kernels if muon_kernels.work(device) else None

@@ -4,8 +4,6 @@ torch's own operations read and write the same tensors two to four times: of a s
 they took 2.4 ms of 41 on an H100, and these 1.0 (November 2026).
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -39,15 +37,9 @@ def subtract(
     )
 
 
-@functools.cache
-def work(device: torch.device) -> bool:
-    """Whether Triton finds the C compiler that it needs."""
+def try_out(device: torch.device) -> None:
     one = torch.zeros(1, 1, device=device)
-    try:
-        subtract(one, blend(one, one, 0.5, one.dtype), one, 1.0, 0.0)
-    except Exception:  # as many kinds as there are reasons
-        return False
-    return True
+    subtract(one, blend(one, one, 0.5, one.dtype), one, 1.0, 0.0)
 
 
 @triton.jit

@@ -1,0 +1,24 @@
+"""Modules of Triton kernels, where they work."""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def kernels(name: str, device: torch.device) -> ModuleType | None:
+    """A module of Triton kernels; None where Triton is not (torch on Windows and CPUs has none) or does not work.
+
+    Args:
+        name: of the module, whose `try_out(device)` runs one of its kernels.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        module = importlib.import_module(name)
+        module.try_out(device)
+    except Exception:  # as many kinds as there are reasons; one is a C compiler that Triton does not find
+        return None
+    return module
