@@ -56,6 +56,11 @@ SEQUENCES_AT_ONCE = {
 }  # others 32: 13 GiB at GPT-2's size
 
 
+def residual_scale(n_layer: int) -> float:
+    """By how much GPT-2 starts the ends of residual branches shorter than other matrices; so Muon moves them too."""
+    return round((2 * n_layer) ** -0.5, 4)
+
+
 def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
     """By preset, length, corpus and number of processes."""
     from nanogpt_hf.data.shards import is_shards
@@ -73,8 +78,7 @@ def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
     if preset == "cpu":
         length = {} if length_is_said else {"max_steps": 2000}
         return chosen | ON_A_CPU | length | {"per_device_train_batch_size": at_once}
-    # As GPT-2 starts the ends of residual branches shorter by this factor, so Muon moves them.
-    chosen["muon_residual_scale"] = round((2 * (said.get("n_layer") or size.n_layer)) ** -0.5, 4)
+    chosen["muon_residual_scale"] = residual_scale(said.get("n_layer") or size.n_layer)
     # A tied embedding of twice the width takes steps shorter by the root of two, as in nanochat.
     chosen["learning_rate"] = round(3e-3 * (768 / size.n_embd) ** 0.5, 5)
     if said.get("architecture") in (None, "qwen3", "modern") and not said.get("n_embd"):
@@ -89,6 +93,14 @@ def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
     chosen["per_device_train_batch_size"] = each
     chosen["gradient_accumulation_steps"] = max(1, round(sequences / (each * devices)))
     return chosen
+
+
+# For --help: of the sizes that are measured.
+defaults.table = {  # type: ignore[attr-defined]
+    "cpu": DEFAULTS | ON_A_CPU | {"max_steps": 2000, "muon_residual_scale": 1.0},
+    "gpt2": DEFAULTS
+    | {"max_steps": "by the length", "learning_rate": 3e-3, "muon_residual_scale": residual_scale(12)},
+}
 
 
 def main() -> None:

@@ -81,13 +81,16 @@ def test_a_run_in_two_parts_ends_as_one_run(corpus, tmp_path, options):
     first_part = read_progress(parts / "checkpoints" / "step-10")
     drop_after(parts, 10)
     shutil.rmtree(parts / "trackers", ignore_errors=True)
-    finished(training_words(parts, corpus, *keep, *GO_ON))
+    said = finished(training_words(parts, corpus, *keep, *GO_ON))
+    assert f"goes on    from step 10 of 30: {parts / 'checkpoints' / 'step-10'}" in said
     assert digests(parts) == digests(whole)
     assert len(digests(whole)) == 6 * 2 + 1
     assert without_times(metrics(parts)) == without_times(metrics(whole))
     assert [row["step"] for row in metrics(parts)] == list(range(3, 31, 3))
     elapsed = [row["elapsed_s"] for row in metrics(parts)]
     assert elapsed == sorted(elapsed)
+    top = read_progress(parts)
+    assert top.elapsed_s >= {row["step"]: row["elapsed_s"] for row in metrics(parts)}[top.step]
     ends = [read_progress(folder / "checkpoints" / "step-30") for folder in (whole, parts)]
     assert ends[1].run_id == first_part.run_id and ends[1].elapsed_s > first_part.elapsed_s
     of_this_course = {"elapsed_s": 0, "run_id": "", "metrics_sha256": ""}  # metrics.jsonl holds the times

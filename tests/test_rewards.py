@@ -294,9 +294,14 @@ def test_rewards_resume_exactly(base, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "below a reward of 1, best at step" in said and "nats" not in said
     assert "drills     the first 3 steps, then one step in 3" in said
-    for name in ("samples.txt", "samples_before.txt"):  # a stanza on a line that it was not tuned on
+    for name in (
+        "samples.txt",
+        "samples_before.txt",
+    ):  # on a line that it was not tuned on, to the stanza's end
         texts = (folder / name).read_text().split("\n\n---\n\n")
         assert len(texts) == 3 and all(text.startswith("One cat\n") for text in texts)
+        assert not any("\n\n" in text.strip() for text in texts)
+    assert r'generate("\n\nOne cat\n")' in card
     hints = [line for line in said.splitlines() if line.startswith("more samples")]
     assert shlex.split(hints[-1])[-2:] == ["--prompt", r"\n\nOne cat\n"]
     bits = [row["eval_bits_per_char"] for row in (rows[0], best)]  # of letters that are a byte each

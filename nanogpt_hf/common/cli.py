@@ -299,10 +299,14 @@ def _shown(defaults: Callable[[Values], Values] | Values) -> Values:
         return defaults
     table = getattr(defaults, "table", {})
     names = dict.fromkeys(name for values in table.values() for name in values)
-    return {
-        name: ", ".join(f"{preset}: {values[name]}" for preset, values in table.items() if name in values)
-        for name in names
-    }
+    shown: dict[str, Any] = {}
+    for name in names:
+        of_presets = {preset: values[name] for preset, values in table.items() if name in values}
+        first, *others = of_presets.values()
+        same = len(of_presets) == len(table) and all(other == first for other in others)
+        words = ", ".join(f"{preset}: {value}" for preset, value in of_presets.items())
+        shown[name] = first if same else words
+    return shown
 
 
 def _underscored(word: str) -> str:

@@ -2,9 +2,12 @@
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
+
+from .text import first_line
 
 
 @functools.cache
@@ -18,7 +21,13 @@ def kernels(name: str, device: torch.device) -> ModuleType | None:
         return None
     try:
         module = importlib.import_module(name)
+    except ImportError:
+        return None
+    try:
         module.try_out(device)
-    except Exception:  # as many kinds as there are reasons; one is a C compiler that Triton does not find
+    except (
+        Exception
+    ) as error:  # as many kinds as there are reasons; one is a C compiler that Triton does not find
+        warnings.warn(f"slower without {name} ({first_line(error)})", stacklevel=2)
         return None
     return module

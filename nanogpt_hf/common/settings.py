@@ -274,7 +274,9 @@ class OptimizerSettings(Settings):
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", ge=0)
     muon_momentum: float = setting(0.95, "momentum of Muon; runs of few steps want less", ge=0, lt=1)
     muon_residual_scale: float = setting(
-        1.0, "times Muon's rate: that of the matrices that end a residual branch (c_proj)", ge=0
+        1.0,
+        "factor on Muon's rate for the matrices that end a residual branch (c_proj of NanoGPT's blocks; not of adapters)",
+        ge=0,
     )
     weight_decay: float = setting(0.1, "decay of matrices (norms and biases have none)", ge=0)
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", ge=0, lt=1)

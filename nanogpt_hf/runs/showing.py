@@ -33,7 +33,7 @@ class Showing:
     --sample_on_eval wants all of them every time, or, false, no samples before the end.
 
     Attributes:
-        prompt: what the samples go on with.
+        prompt: the text that the samples continue.
         ended: whether the run has come to its end; then nothing is left out.
     """
 
@@ -111,7 +111,8 @@ def sample(
     tokens: int,
 ) -> str:
     amount = {"num_return_sequences": texts, "max_new_tokens": tokens}
-    samples = generate_text(model, tokenizer, prompt, **amount, temperature=0.8, seed=seed)
+    stop = [] if prompt == NEW_LINE else ["\n\n"]  # where a stanza ends
+    samples = generate_text(model, tokenizer, prompt, **amount, stop=stop, temperature=0.8, seed=seed)
     return printable("\n\n---\n\n".join((prompt + sample).strip() for sample in samples) + "\n")
 
 

@@ -18,6 +18,7 @@ from ..common.errors import UserError
 from ..common.text import printable, without_token
 from ..training.checkpoints import read_progress
 from ..training.reporting import OF_REWARDS, evaluated_at, loss_unit, read_metrics
+from ..verse.stanzas import prompt_of
 
 # Settings that say where a run was and with whom it is shared, not what was trained.
 NOT_IN_A_CARD = (
@@ -110,6 +111,7 @@ def make_card(
     is_adapter = (model / "adapter_config.json").exists()
     format = format or ("adapter" if is_adapter else config.get("model_type", "nanogpt"))
     samples, samples_before = read_samples(shown / "samples.txt"), read_samples(run / "samples_before.txt")
+    prompt = first_words(samples, settings)
 
     data = ModelCardData(
         language=corpus.get("language"),
@@ -127,11 +129,11 @@ def make_card(
         _opening_words(format, config, model if format == "gguf" else weights, corpus_name, base_name),
     ]
     on_base = _base_fields(base_name, base_facts, settings) if format == "adapter" else {}
-    body += ["## Use", _loading_block(weights, name or ".", format, samples, on_base)]
+    body += ["## Use", _loading_block(weights, name or ".", format, prompt, on_base)]
     if format == "onnx":
         body += [
             "In a browser, or in Node.js:",
-            _fenced(_javascript_lines(name or title, weights, samples), "js"),
+            _fenced(_javascript_lines(name or title, weights, prompt), "js"),
         ]
     if base_facts:
         body += ["## Base", _base_words(base_name, base_facts)]
@@ -286,8 +288,7 @@ def _base_words(name: str, facts: dict) -> str:
     return "\n".join(lines)
 
 
-def _loading_block(target: Path, name: str, format: str, samples: str, on_base: dict[str, str]) -> str:
-    prompt = first_words(samples)
+def _loading_block(target: Path, name: str, format: str, prompt: str, on_base: dict[str, str]) -> str:
     if format == "gguf":
         file = next(target.glob("*.gguf")).name
         short = file.rpartition("-")[0].lower()
@@ -301,20 +302,21 @@ def _loading_block(target: Path, name: str, format: str, samples: str, on_base: 
     return _fenced(lines, "python")
 
 
-def _javascript_lines(name: str, folder: Path, samples: str) -> str:
+def _javascript_lines(name: str, folder: Path, prompt: str) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     context = (
         config.get("n_positions") or config["max_position_embeddings"]
     )  # which transformers.js would pass
-    words = {"NAME": name, "PROMPT": first_words(samples), "LENGTH": context // 2}
+    words = {"NAME": name, "PROMPT": prompt, "LENGTH": context // 2}
     return re.sub(
         "NAME|PROMPT|LENGTH", lambda match: json.dumps(words[match[0]], ensure_ascii=False), JAVASCRIPT
     )
 
 
-def first_words(samples: str) -> str:
-    """A prompt: how the first sample begins."""
-    return next((line for line in samples.split("\n") if line.strip()), "\n")[:20]
+def first_words(samples: str, settings: dict) -> str:
+    """A prompt: how the first sample begins; for a model that was tuned on stanzas, as one begins."""
+    line = next((line for line in samples.split("\n") if line.strip()), "\n")
+    return prompt_of(line) if "drill_steps" in settings else line[:20]
 
 
 def _corpus_words(corpus: dict) -> str:

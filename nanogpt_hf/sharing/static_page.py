@@ -68,7 +68,8 @@ def write_page(folder: str | os.PathLike, target: str | os.PathLike) -> None:
 
 def _words(folder: Path, exported: Path) -> dict[str, str | None]:
     """What the page says of a model: whatever its run folder knows."""
-    corpus = (read_run(folder / "run.yaml").get("record") or {}).get("corpus") or {}
+    settings = read_run(folder / "run.yaml")
+    corpus = (settings.get("record") or {}).get("corpus") or {}
     samples = read_samples(folder / "samples.txt")
     description = f"A GPT of {count_parameters(exported) / 1e6:.2f}M parameters"
     if corpus:
@@ -76,6 +77,6 @@ def _words(folder: Path, exported: Path) -> dict[str, str | None]:
     return {
         "description": f"{description}.",
         "lang": corpus.get("language"),
-        "prompt": first_words(samples),
+        "prompt": first_words(samples, settings),
         "sample": samples.split("\n---\n")[0].strip("\n"),
     }

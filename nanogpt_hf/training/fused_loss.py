@@ -1,7 +1,7 @@
 """Cross-entropy fused with the head: the logits exist a chunk of rows at a time and never in float32.
 
 torch's own torch.nn.functional.linear_cross_entropy does it from torch 2.13 on, in several passes over the logits.
-This is one kernel on CUDA, which fetches and writes them once, wherever Triton can make it.
+This is one kernel on CUDA, which moves them from and to memory once, wherever Triton can make it.
 """
 
 from typing import Any

@@ -16,6 +16,7 @@ def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, scale: torch.
 
 
 def try_out(device: torch.device) -> None:
+    """Raises whatever keeps the kernels from working."""
     one = torch.zeros(1, 1, device=device)
     softmax_gradient_(one, torch.zeros(1, dtype=torch.long, device=device), one.sum())
 
@@ -24,8 +25,8 @@ def try_out(device: torch.device) -> None:
 def _softmax_gradient(logits, targets, losses, scale, stride, V, BLOCK: tl.constexpr):
     """One row: its loss, and the gradient in the place of its logits.
 
-    The row is read three times (its top, the sum of exponentials, the gradient), the last two from the L2 cache: so a
-    lane waits for the others twice a row, and an online softmax, which reads once less, is slower.
+    The row is read three times (its top, the sum of exponentials, the gradient), the last two from the L2 cache. That is
+    two reductions a row; an online softmax reads once less but reduces in every block, and measured slower.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride

@@ -65,10 +65,9 @@ def train(
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if accelerator.is_main_process:
         changes = open_run_folder(settings, corpus, tokenizer, identity, progress, checkpoint)
-        if checkpoint is not None:
-            say(
-                accelerator, f"goes on    from step {progress.step:,} of {settings.max_steps:,}: {checkpoint}"
-            )
+        if checkpoint is not None and progress.step < settings.max_steps:
+            words = f"from step {progress.step:,} of {settings.max_steps:,}: {checkpoint}"
+            say(accelerator, f"goes on    {words}")
         say(accelerator, *changes)
     accelerator.wait_for_everyone()
     take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor)

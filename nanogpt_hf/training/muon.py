@@ -45,7 +45,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _quadratic(gram: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
-    """a + b gram + c gram^2 by completing the square, for which nothing but diagonals is added; gram is spent."""
+    """a + b gram + c gram^2 by completing the square: only diagonals are added, without baddbmm's copy; overwrites gram."""
     gram.diagonal(dim1=-2, dim2=-1).add_(b / (2 * c))
     factor = torch.baddbmm(gram, gram, gram, beta=0, alpha=c)
     factor.diagonal(dim1=-2, dim2=-1).add_(a - b**2 / (4 * c))
@@ -181,7 +181,7 @@ class Muon(torch.optim.Optimizer):
         decay = group["weight_decay"]
         if shares[0].size > 1:  # its changes are not the weights
             torch._foreach_mul_(local_weights, 1 - group["lr"] * decay)
-            decay = 0.0
+            decay = 0.0  # the changes begin as zeros, which need none
         for shape, members in batches.items():
             directions, changes, scales = zip(*members, strict=True)
             updates = torch.empty(len(members), *shape, dtype=self.dtype, device=directions[0].device)
@@ -221,7 +221,8 @@ def _subtract(
         rate: a tensor in a CUDA graph.
     """
     if fused:
-        rate = torch.as_tensor(rate, dtype=torch.float32, device=updates.device)
+        if not isinstance(rate, torch.Tensor):  # filled there: a copy from here would wait for the device
+            rate = torch.full((), rate, dtype=torch.float32, device=updates.device)
     elif decay:
         torch._foreach_mul_(matrices, 1 - rate * decay)
     for matrix, update, scale in zip(matrices, updates, scales, strict=True):

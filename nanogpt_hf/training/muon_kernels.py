@@ -38,6 +38,7 @@ def subtract(
 
 
 def try_out(device: torch.device) -> None:
+    """Raises whatever keeps the kernels from working."""
     one = torch.zeros(1, 1, device=device)
     subtract(one, blend(one, one, 0.5, one.dtype), one, 1.0, 0.0)
 
