@@ -333,20 +333,8 @@ def draw_loss_curve(path: Path, rows: list[dict], title: str) -> None:
             faint = key == "train_loss"
             axes.plot(*zip(*points, strict=True), style, label=label, alpha=0.45 if faint else 1, lw=1, ms=3)
     if best:
-        axes.axhline(best["eval_loss"], ls=":", lw=1, color="gray")
-        axes.annotate(
-            f"best {best['eval_loss']:.4f} at step {best['step']}",
-            (best["step"], best["eval_loss"]),
-            xytext=(0, 12),
-            textcoords="offset points",
-            ha="right",
-            bbox={
-                "boxstyle": "round,pad=0.2",
-                "fc": "white",
-                "ec": "none",
-                "alpha": 0.85,
-            },  # the curve runs beneath it
-        )
+        label = f"best {best['eval_loss']:.4f} at step {best['step']}"
+        axes.axhline(best["eval_loss"], ls=":", lw=1, color="gray", label=label)
     axes.set(xlabel="step", ylabel=f"loss, {unit}")
     axes.set_title(printable(title), parse_math=False)  # of names, in which $ is a letter
     if axes.get_lines():  # a run may stop before its first losses
