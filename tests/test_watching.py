@@ -110,7 +110,7 @@ def test_the_curve_goes_on_at_every_evaluation_and_is_always_whole(tmp_path, mon
     assert (folder / "samples.txt").read_text(encoding="utf-8").count("\n---\n") == 2
 
 
-def test_a_curve_has_any_name_for_its_title_and_a_ground_under_its_label(tmp_path, recwarn, monkeypatch):
+def test_a_curve_has_any_name_for_its_title_and_its_best_in_the_legend(tmp_path, recwarn, monkeypatch):
     drawn, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **o: drawn.append(self) or save(self, *a, **o))
     rows = [{"step": 1, "train_loss": 2.0, "eval_loss": 1.0}]
@@ -120,8 +120,8 @@ def test_a_curve_has_any_name_for_its_title_and_a_ground_under_its_label(tmp_pat
     draw_loss_curve(tmp_path / "none.png", [], "stopped before its first losses")
     assert not [warning for warning in recwarn if re.search("Glyph|legend", str(warning.message))]
     assert drawn[1].axes[0].get_title() == "a\\x1b[31m$b_{, char"
-    (label,) = drawn[0].axes[0].texts
-    assert label.get_bbox_patch().get_facecolor()[:3] == (1, 1, 1)
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == ["training, one batch", "validation, whole split", "best 1.0000 at step 1"]
 
 
 def test_what_a_run_of_a_gpu_and_a_tracker_says_of_itself(tmp_path, monkeypatch, capsys):
