@@ -25,9 +25,7 @@ def kernels(name: str, device: torch.device) -> ModuleType | None:
         return None
     try:
         module.try_out(device)
-    except (
-        Exception
-    ) as error:  # as many kinds as there are reasons; one is a C compiler that Triton does not find
+    except Exception as error:  # of many kinds; one reason is a C compiler that Triton does not find
         warnings.warn(f"slower without {name} ({first_line(error)})", stacklevel=2)
         return None
     return module

@@ -64,11 +64,7 @@ def train(
             accelerator.scaler.load_state_dict(progress.scaler)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if accelerator.is_main_process:
-        changes = open_run_folder(settings, corpus, tokenizer, identity, progress, checkpoint)
-        if checkpoint is not None and progress.step < settings.max_steps:
-            words = f"from step {progress.step:,} of {settings.max_steps:,}: {checkpoint}"
-            say(accelerator, f"goes on    {words}")
-        say(accelerator, *changes)
+        say(accelerator, *open_run_folder(settings, corpus, tokenizer, identity, progress, checkpoint))
     accelerator.wait_for_everyone()
     take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor)
     log = RunLog(accelerator, settings, objective.tokens_per_step, progress, flops)

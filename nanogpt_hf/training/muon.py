@@ -223,10 +223,10 @@ def _subtract(
     if fused:
         if not isinstance(rate, torch.Tensor):  # filled there: a copy from here would wait for the device
             rate = torch.full((), rate, dtype=torch.float32, device=updates.device)
-    elif decay:
+        for matrix, update, scale in zip(matrices, updates, scales, strict=True):
+            fused.subtract(matrix, update, rate, scale, decay)
+        return
+    if decay:
         torch._foreach_mul_(matrices, 1 - rate * decay)
     for matrix, update, scale in zip(matrices, updates, scales, strict=True):
-        if fused:
-            fused.subtract(matrix, update, rate, scale, decay)
-        else:
-            matrix.sub_(update.mul_(scale * rate))
+        matrix.sub_(update.mul_(scale * rate))

@@ -208,7 +208,7 @@ def open_run_folder(
         checkpoint: what it goes on from.
 
     Returns:
-        A line for each setting that a run that goes on has changed.
+        What to say of a run that goes on: from where, and a line for each setting that it has changed.
 
     Raises:
         UserError: it cannot be made or written.
@@ -247,7 +247,15 @@ def open_run_folder(
         raise UserError(
             f"--output_dir {folder} cannot be written ({error.strerror}): give another folder."
         ) from error
-    return [f"changed    {name} from {old} to {new}" for name, (old, new) in changed.items()]
+    goes_on = checkpoint is not None and progress.step < (settings.max_steps or 0)
+    return [
+        *(
+            [f"goes on    from step {progress.step:,} of {settings.max_steps:,}: {checkpoint}"]
+            if goes_on
+            else []
+        ),
+        *(f"changed    {name} from {old} to {new}" for name, (old, new) in changed.items()),
+    ]
 
 
 def _delete_left_overs(folder: Path) -> None:

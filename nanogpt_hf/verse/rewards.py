@@ -89,9 +89,8 @@ class Scanner:
             self.pool = ProcessPoolExecutor(
                 processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
             )
-            self.pool.map(
-                scan_lines, [[]] * processes, [form] * processes
-            )  # they import while the model is loaded
+            # They import while the model is loaded.
+            self.pool.map(scan_lines, [[]] * processes, [form] * processes)
 
     def __call__(self, texts: Sequence[str]) -> list[Scanned]:
         if self.pool is None:
