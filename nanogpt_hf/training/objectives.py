@@ -43,9 +43,11 @@ class Objective(Protocol):
 
     Attributes:
         tokens_per_step: tokens that a whole global batch is given to read.
+        same_count: every process's part of it counts as many, so that none has to wait for the others to know how many.
     """
 
     tokens_per_step: int
+    same_count: bool = False
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:
         """Some rows of the global batch of a step (counted from 0), on the device: a pure function of both."""
@@ -79,6 +81,8 @@ class LanguageModeling(Objective):
         characters: that the validation split spells.
         eval_batch_size: sequences that a process evaluates at once.
     """
+
+    same_count = True  # whole windows
 
     def __init__(
         self,

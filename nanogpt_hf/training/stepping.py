@@ -203,7 +203,11 @@ def accumulate_gradients(
     Returns:
         This process's part of the loss in nats per token, on the device; the parts of all processes sum to it.
     """
-    tokens = accelerator.reduce(sum(map(objective.count, micro_batches)), reduction="sum")
+    tokens = sum(map(objective.count, micro_batches))
+    if objective.same_count:
+        tokens = tokens * accelerator.num_processes
+    else:
+        tokens = accelerator.reduce(tokens, reduction="sum")
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
