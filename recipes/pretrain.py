@@ -47,6 +47,8 @@ DEFAULTS = dict(
     eval_steps=1000,
     save_steps=1000,
 )
+# Of GPT-2's own block: its biases and positions want shorter steps than the norms, which are all that the others have.
+EXACTLY_GPT2 = dict(muon_learning_rate=0.03, vector_learning_rate=0.01)
 ON_A_CPU = dict(attn_implementation="eager", muon_learning_rate=0.03, learning_rate=0.02)
 SEQUENCES_AT_ONCE = {
     "cpu": 8,
@@ -78,6 +80,8 @@ def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
     if preset == "cpu":
         length = {} if length_is_said else {"max_steps": 2000}
         return chosen | ON_A_CPU | length | {"per_device_train_batch_size": at_once}
+    if said.get("architecture") == "gpt2":
+        chosen |= EXACTLY_GPT2
     chosen["muon_residual_scale"] = residual_scale(said.get("n_layer") or size.n_layer)
     # A tied embedding of twice the width takes steps shorter by the root of two, as in nanochat.
     chosen["learning_rate"] = round(3e-3 * (768 / size.n_embd) ** 0.5, 5)

@@ -1,20 +1,23 @@
-"""An objective of one's own: twenty lines beside the loop, which is not touched."""
+"""Objectives: one of one's own, twenty lines beside the loop, which is not touched; and R-Drop against its paper."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
 from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.corpora import load_corpus
+from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.data.tokenization import train_char_tokenizer
 from nanogpt_hf.training.evaluation import SplitLoss
 from nanogpt_hf.training.loop import train
-from nanogpt_hf.training.objectives import Objective
+from nanogpt_hf.training.objectives import Objective, RDrop
 
 
 class Copying(Objective):
@@ -69,3 +72,30 @@ def test_the_loop_trains_what_it_has_never_heard_of(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert progress.step == 60 and progress.best_loss < 1.6 < rows[0]["train_loss"]
     assert rows[-1]["seen"] == 1.0
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_r_drop_is_its_papers_loss_halved(alpha):
+    """Equation 4 of Liang et al. (2021), by torch's distributions; what is reported is the cross-entropy alone."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = NanoGPTForCausalLM(NanoGPTConfig(**sizes, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3))
+    stream = TokenStream(np.random.default_rng(0).integers(0, 50, 500), 16)
+    objective = RDrop(alpha, accelerator=Accelerator(cpu=True), train=stream, batch_size=4, seed=0)
+    batch = objective.batch(0, np.arange(4))
+    torch.manual_seed(1)
+    loss = objective.loss(model, batch, objective.count(batch))
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+
+    model.zero_grad()
+    torch.manual_seed(1)
+    inputs, targets = batch
+    p, q = (Categorical(logits=half) for half in model(input_ids=inputs.repeat(2, 1)).logits.chunk(2))
+    nats = -(p.log_prob(targets) + q.log_prob(targets))
+    papers = nats + alpha / 2 * (kl_divergence(p, q) + kl_divergence(q, p))
+    (papers.mean() / 2).backward()
+    assert kl_divergence(p, q).min() > 1e-4  # two readings differ
+    torch.testing.assert_close(loss, nats.mean() / 2)
+    torch.testing.assert_close(gradients, [parameter.grad for parameter in model.parameters()])

@@ -346,5 +346,6 @@ def test_flops_of_a_token_are_those_of_the_plan(architecture):
     )
     model = NanoGPTForCausalLM(config)
     assert flops_per_token(model, 128) == sum(training_flops(measure_size(config), 1).values())
+    assert flops_per_token(model, 128, passes=2) == 2 * flops_per_token(model, 128)
     model.transformer.wte.weight.requires_grad = False
     assert flops_per_token(model, 128) is None

@@ -243,10 +243,12 @@ def test_muon_computes_in_its_dtype(dtype):
     assert torch.equal(weight, weight.bfloat16().float()) == (dtype == torch.bfloat16)
 
 
-def test_norms_and_biases_may_have_a_rate_of_their_own():
-    settings = TrainingSettings(learning_rate=0.1, vector_learning_rate=0.3)
-    matrices, vectors = make_optimizers(make(), settings)[0].param_groups
-    assert (matrices["lr"], vectors["lr"]) == (0.1, 0.3)
+def test_norms_biases_and_positions_may_have_a_rate_of_their_own():
+    settings, model = TrainingSettings(learning_rate=0.1, vector_learning_rate=0.3), make()
+    matrices, positions, vectors = make_optimizers(model, settings)[0].param_groups
+    assert (matrices["lr"], positions["lr"], vectors["lr"]) == (0.1, 0.3, 0.3)
+    assert [*map(id, positions["params"])] == [id(model.transformer.wpe.weight)]
+    assert positions["weight_decay"] == settings.weight_decay
     assert learning_rates(settings, 0.5) == {"learning_rate": 0.05, "vector_learning_rate": 0.15}
 
 

@@ -194,6 +194,12 @@ class ModelSettings(BaseSettings):
     head_dim: int | None = setting(None, "size of a head; default: n_embd / n_head", ge=1)
     n_embd: int | None = setting(None, "width, in channels", ge=1)
     n_inner: int | None = setting(None, "width of the MLP's hidden layer", ge=1)
+    rdrop_alpha: float = setting(
+        0.0,
+        "R-Drop: read each window twice, with other dropout, and draw the two predictions together by this much; for "
+        "small texts and vocabularies, at twice the time a step",
+        ge=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,7 +275,9 @@ class OptimizerSettings(Settings):
     )
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", ge=0)
     vector_learning_rate: float | None = setting(
-        None, "peak learning rate of AdamW for norms and biases; default: learning_rate", ge=0
+        None,
+        "peak learning rate of AdamW for norms, biases and learned positions; default: learning_rate",
+        ge=0,
     )
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", ge=0)
     muon_momentum: float = setting(0.95, "momentum of Muon; runs of few steps want less", ge=0, lt=1)
@@ -370,6 +378,8 @@ class RunSettings(
 @dataclass(frozen=True)
 class TrainingSettings(RunSettings, ModelSettings, TokenizerSettings):
     """Settings of pretraining."""
+
+    BEFORE: ClassVar[dict[str, Any]] = RunSettings.BEFORE | {"rdrop_alpha": 0.0}
 
     def folder(self) -> str:
         return self.output_dir or default_folder(self.corpus, self.tokenizer)

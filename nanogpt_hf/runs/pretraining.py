@@ -31,7 +31,9 @@ def pretrain(settings: TrainingSettings) -> Progress:
     lines = vocabulary_words(settings, tokenizer)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
-    objective = language_modeling(accelerator, settings, corpus, tokenizer)
+    alpha, words = find_rdrop(settings, model)
+    lines += words
+    objective = language_modeling(accelerator, settings, corpus, tokenizer, alpha)
     settings = settle_length(accelerator, settings, model, objective)
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
@@ -92,6 +94,18 @@ def vocabulary_words(settings: TrainingSettings, tokenizer: PreTrainedTokenizerF
     if kind == "char" and asked == TrainingSettings.vocab_size:  # nobody has asked for any
         return []
     return [f"NOTE: the tokenizer has {tokens:,} tokens and not --vocab_size {asked:,}: {why[kind]}."]
+
+
+def find_rdrop(settings: TrainingSettings, model: PreTrainedModel) -> tuple[float, list[str]]:
+    """The weight of R-Drop's divergence, and what to say of it; 0 for a model whose two readings would be the same."""
+    alpha, config = settings.rdrop_alpha, model.config
+    if not alpha:
+        return 0.0, []
+    if not (config.resid_pdrop or config.embd_pdrop or config.attn_pdrop):
+        return 0.0, ["NOTE: without dropout R-Drop has nothing to compare, so each window is read once."]
+    return alpha, [
+        f"R-Drop     each window is read twice, with other dropout; their divergence counts {alpha:g}"
+    ]
 
 
 def settle_generation(

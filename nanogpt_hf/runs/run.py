@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from ..training.checkpoints import Progress
 from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
 from ..training.lora import adapter_size
-from ..training.objectives import LanguageModeling, Objective
+from ..training.objectives import LanguageModeling, Objective, RDrop
 from ..training.reporting import check_trackers, evaluated_at, loss_unit, read_metrics, say
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
@@ -161,19 +162,25 @@ def make_ready(settings: RunSettings, model: PreTrainedModel) -> None:
 
 
 def language_modeling(
-    accelerator: Accelerator, settings: RunSettings, corpus: AnyCorpus, tokenizer: PreTrainedTokenizerFast
+    accelerator: Accelerator,
+    settings: RunSettings,
+    corpus: AnyCorpus,
+    tokenizer: PreTrainedTokenizerFast,
+    rdrop_alpha: float = 0.0,
 ) -> LanguageModeling:
     """The objective of a run on a text.
 
     Args:
         settings: resolved.
+        rdrop_alpha: R-Drop's, where it is above 0.
 
     Raises:
         UserError: the text is shorter than one window, or there is nothing to validate on.
     """
     T = settings.n_positions
-    return LanguageModeling(
-        accelerator,
+    kind = partial(RDrop, rdrop_alpha) if rdrop_alpha else LanguageModeling
+    return kind(
+        accelerator=accelerator,
         train=TokenStream(corpus.ids("train", tokenizer), T, accelerator.device, corpus.name),
         validation=validation_stream(tokenizer, corpus, T, accelerator.device),
         batch_size=global_batch_size(settings, accelerator),
@@ -211,7 +218,7 @@ def describe(
             f"muon, learning rates {settings.muon_learning_rate:g} and, of AdamW, {settings.learning_rate:g}"
         )
     if settings.vector_learning_rate is not None:
-        rate += f", of norms and biases {settings.vector_learning_rate:g}"
+        rate += f", of vectors {settings.vector_learning_rate:g}"
     passes = 0.0
     if isinstance(objective, LanguageModeling):
         passes = settings.max_steps * objective.tokens_per_step / len(objective.train)

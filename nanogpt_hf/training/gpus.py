@@ -64,17 +64,18 @@ def peak_of(device: "torch.device") -> float | None:
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def flops_per_token(model: "PreTrainedModel", context: int) -> float | None:
+def flops_per_token(model: "PreTrainedModel", context: int, passes: int = 1) -> float | None:
     """FLOPs of forward and backward for a token: 6 a parameter, and attention's scores over the whole context.
 
     None where a part of the model does not train, which costs less.
 
     Args:
         context: T.
+        passes: how often a step reads the token.
     """
     if not all(parameter.requires_grad for parameter in model.parameters()):
         return None
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    return 6 * model.num_parameters() + 12 * config.num_hidden_layers * heads * head_dim * context
+    return passes * (6 * model.num_parameters() + 12 * config.num_hidden_layers * heads * head_dim * context)

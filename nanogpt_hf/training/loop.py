@@ -55,7 +55,7 @@ def train(
     progress, checkpoint = find_start(accelerator, settings, identity)
     repair = find_repair(folder, checkpoint, progress) if checkpoint is not None else None
 
-    flops = flops_per_token(model, settings.n_positions)
+    flops = flops_per_token(model, settings.n_positions, objective.passes)
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     optimizers = [optimizer.optimizer for optimizer in optimizers] if not settings.fp16 else optimizers
     if checkpoint is not None:

@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, C channels, V vocabulary.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,10 +44,12 @@ class Objective(Protocol):
     Attributes:
         tokens_per_step: tokens that a whole global batch is given to read.
         same_count: every process's part of it counts as many, so that none has to wait for the others to know how many.
+        passes: how often a step reads each of these tokens.
     """
 
     tokens_per_step: int
     same_count: bool = False
+    passes: int = 1
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:
         """Some rows of the global batch of a step (counted from 0), on the device: a pure function of both."""
@@ -111,6 +113,37 @@ class LanguageModeling(Objective):
 
     def evaluate(self, model: nn.Module) -> SplitLoss:
         return evaluate_split(model, self.validation, self.characters, self.eval_batch_size, self.accelerator)
+
+
+class RDrop(LanguageModeling):
+    """Next-token prediction of which dropout changes little: R-Drop (Liang et al. 2021).
+
+    A step reads each window twice, with other dropout, and the loss is the paper's, halved: the mean of both
+    cross-entropies and alpha / 4 of the two Kullback-Leibler divergences between the predictions. The logits exist
+    as a whole, in float32, so it is for small vocabularies.
+
+    Args:
+        alpha: weight of the divergences.
+        options: of LanguageModeling.
+    """
+
+    passes = 2
+
+    def __init__(self, alpha: float, **options: Any):
+        super().__init__(**options)
+        self.alpha = alpha
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> torch.Tensor:
+        inputs, targets = batch
+        logits = model(input_ids=torch.cat((inputs, inputs)), use_cache=False).logits
+        log_p, log_q = logits.float().log_softmax(-1).flatten(0, 1).chunk(2)  # each B*T V
+        nats = sum(F.nll_loss(each, targets.flatten(), reduction="sum") for each in (log_p, log_q))
+        apart = sum(
+            F.kl_div(*pair, reduction="sum", log_target=True) for pair in ((log_p, log_q), (log_q, log_p))
+        )
+        pull = self.alpha / 2 * apart
+        # Its value stays the cross-entropy alone, to be compared with the validation's.
+        return (nats + pull - pull.detach()) / (2 * num_items)
 
 
 def next_token_loss(

@@ -18,23 +18,32 @@ from .sharding import AdamW
 def make_optimizers(model: PreTrainedModel, settings: RunSettings) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for everything else.
 
-    Matrices decay, vectors (norms, biases) do not.
+    Matrices decay, vectors (norms, biases) do not. Learned positions decay too, but have the vectors' rate: every step
+    trains all of them, as it does vectors, and few of the tokens.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     head = model.get_output_embeddings()
     projections = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     for_muon = {id(module.weight) for module in projections} - {id(getattr(head, "weight", None))}
-    muon, matrices, vectors = [], [], []
+    tokens = model.get_input_embeddings()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens}
+    rate = settings.vector_learning_rate
+    muon, matrices, positions, vectors = [], [], [], []
     for parameter in trainable:
         if parameter.ndim < 2:
             vectors.append(parameter)
         elif settings.optim == "muon" and id(parameter) in for_muon:
             muon.append(parameter)
+        elif rate is not None and id(parameter) in embeddings:
+            positions.append(parameter)
         else:
             matrices.append(parameter)
-    rate = settings.vector_learning_rate
-    of_vectors = {"weight_decay": 0.0} | ({} if rate is None else {"lr": rate})
-    groups = [{"params": matrices}, {"params": vectors, **of_vectors}]
+    own_rate = {} if rate is None else {"lr": rate}
+    groups = [
+        {"params": matrices},
+        {"params": positions, **own_rate},
+        {"params": vectors, "weight_decay": 0.0, **own_rate},
+    ]
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:  # an adapter may be matrices for Muon alone
