@@ -21,7 +21,6 @@ DEFAULTS = {
         vocab_size=1024,
         architecture="qwen3",
         attn_implementation="eager",
-        dropout=0.0,
         optim="muon",
         muon_learning_rate=0.03,
         learning_rate=3e-3,

@@ -16,7 +16,6 @@ DEFAULTS = {
     "cpu": dict(
         architecture="qwen3",
         attn_implementation="eager",
-        dropout=0.0,
         optim="muon",
         muon_learning_rate=0.03,
         muon_momentum=0.9,

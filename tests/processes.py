@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.corpora import load_corpus
-from nanogpt_hf.runs.pretraining import make_tokenizer_and_model
+from nanogpt_hf.runs.pretraining import make_model, make_tokenizer
 from nanogpt_hf.runs.run import language_modeling, make_ready, resolve
 from nanogpt_hf.training.hardware import make_accelerator
 from nanogpt_hf.training.loop import train
@@ -72,7 +72,8 @@ def train_here(words: list[str], change_model=None, make_accelerator=make_accele
     accelerator = make_accelerator(settings)
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage, **settings.reading_options())
     set_seed(settings.seed)
-    tokenizer, model = make_tokenizer_and_model(settings, corpus)
+    tokenizer = make_tokenizer(settings, corpus)
+    model = make_model(settings, corpus, tokenizer)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     if change_model is not None:

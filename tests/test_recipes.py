@@ -247,6 +247,35 @@ def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(tmp_path, text, c
     assert {path: path.stat().st_mtime_ns for path in text.parent.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    "words, dropout, of_branches",
+    [
+        ("--max_steps 40", 0.0, None),
+        ("--max_steps 400", 0.1, None),
+        ("--num_train_epochs 30", 0.1, None),
+        ("--train_tokens 5e4", 0.1, None),
+        ("--max_steps 400 --dropout 0", 0.0, None),
+        ("--max_steps 400 --resid_pdrop 0.3", 0.1, 0.3),
+    ],
+)
+def test_a_text_that_is_read_often_is_read_with_dropout(text, capsys, words, dropout, of_branches):
+    size = "--n_layer 2 --n_embd 32 --n_head 2 --n_positions 16 --per_device_train_batch_size 8 --use_cpu --dry_run".split()
+    assert run("pretrain_char.py", "--corpus", text, *size, *words.split()) == 0
+    header, _, settings = capsys.readouterr().out.partition("\n\n")
+    values = yaml.safe_load(settings)
+    assert (values["dropout"], values["resid_pdrop"]) == (dropout, of_branches)
+    shown = of_branches or dropout
+    assert f", dropout {shown:g};" in header if shown else "dropout" not in header
+
+
+def test_a_run_that_made_nothing_better_says_so(tmp_path, text, capsys):
+    words = ["--corpus", text, "--output_dir", tmp_path / "run", *TINY, "--eval_on_start", "--max_steps", "4"]
+    for rate, noted in (("0", True), ("0.01", False)):
+        more = ["--learning_rate", rate, "--muon_learning_rate", rate, "--overwrite_output_dir"]
+        assert run("pretrain_char.py", *words, *more) == 0
+        assert ("never better than before its first step" in capsys.readouterr().out) is noted
+
+
 def test_bad_input_to_sample(tmp_path, run_folder, capsys):
     for words, message in [
         ([], "there is no model"),

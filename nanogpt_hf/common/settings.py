@@ -379,6 +379,14 @@ class RunSettings(
 class TrainingSettings(RunSettings, ModelSettings, TokenizerSettings):
     """Settings of pretraining."""
 
+    dropout: float | None = changed(
+        BaseSettings,
+        "dropout",
+        None,
+        help="sets resid_pdrop, embd_pdrop and attn_pdrop together; default: 0.1 where the run reads the text more than 4 "
+        "times, else 0",
+    )
+
     BEFORE: ClassVar[dict[str, Any]] = RunSettings.BEFORE | {"rdrop_alpha": 0.0}
 
     def folder(self) -> str:

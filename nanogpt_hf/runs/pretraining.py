@@ -1,9 +1,11 @@
 """Pretraining: a tokenizer and a new model, or one that goes on, and the way of every run."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
@@ -15,9 +17,15 @@ from ..model.loading import check_vocabulary, context_length, load_native, make_
 from ..training.checkpoints import Progress
 from ..training.loop import train
 from ..training.run_folder import alone_in
+from ..training.stepping import global_batch_size
 from .command_line import SHAPE
 from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
 from .showing import Showing
+
+# A run that reads its text oftener begins to learn it by heart without dropout: of 100,000 and 300,000 characters a model of 0.9M
+# parameters (benchmarks/RESULTS.md).
+OFTEN = 4
+OFTEN_READ_DROPOUT = 0.1
 
 
 def pretrain(settings: TrainingSettings) -> Progress:
@@ -27,7 +35,9 @@ def pretrain(settings: TrainingSettings) -> Progress:
         UserError: for a user's mistake, before anything is written.
     """
     accelerator, corpus = start(settings)
-    tokenizer, model = make_tokenizer_and_model(settings, corpus)
+    tokenizer = make_tokenizer(settings, corpus)
+    settings = settle_dropout(settings, accelerator, corpus, tokenizer)
+    model = make_model(settings, corpus, tokenizer)
     lines = vocabulary_words(settings, tokenizer)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
@@ -43,17 +53,41 @@ def pretrain(settings: TrainingSettings) -> Progress:
     return progress
 
 
-def make_tokenizer_and_model(
-    settings: TrainingSettings, corpus: AnyCorpus
-) -> tuple[PreTrainedTokenizerFast, NanoGPTForCausalLM]:
-    """A new model, or the one of --model_name_or_path with its own tokenizer.
+def make_tokenizer(settings: TrainingSettings, corpus: AnyCorpus) -> PreTrainedTokenizerFast:
+    """A tokenizer of the corpus, or the one of --tokenizer or --model_name_or_path.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    base = settings.model_name_or_path
+    return corpus.make_tokenizer(local_checkpoint(base) if base else settings.tokenizer, settings.vocab_size)
+
+
+def settle_dropout(
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    corpus: AnyCorpus,
+    tokenizer: PreTrainedTokenizerFast,
+) -> TrainingSettings:
+    """Settings with a dropout, where none is given and no base brings its own: some for a text that is read often."""
+    if settings.dropout is not None or settings.model_name_or_path or settings.resume_from_checkpoint:
+        return settings
+    T = settings.n_positions or make_config(settings.preset).n_positions
+    text = len(corpus.ids("train", tokenizer))
+    tokens = settings.train_tokens or (settings.num_train_epochs or 0) * text
+    tokens = tokens or (settings.max_steps or 0) * global_batch_size(settings, accelerator) * T
+    return replace(settings, dropout=OFTEN_READ_DROPOUT if tokens > OFTEN * text else 0.0)
+
+
+def make_model(
+    settings: TrainingSettings, corpus: AnyCorpus, tokenizer: PreTrainedTokenizerFast
+) -> NanoGPTForCausalLM:
+    """A new model, or the one of --model_name_or_path.
 
     Raises:
         UserError: settings that contradict each other, or a tokenizer with more tokens than the model.
     """
     base = settings.model_name_or_path
-    source = local_checkpoint(base) if base else settings.tokenizer
-    tokenizer = corpus.make_tokenizer(source, settings.vocab_size)
     if base:
         model = load_native(base, dtype=torch.float32, **settings.dropouts())
         if (
@@ -73,7 +107,7 @@ def make_tokenizer_and_model(
         model = NanoGPTForCausalLM(make_config(settings.preset, **fields))
     check_vocabulary(tokenizer, model)
     settle_generation(tokenizer, model, corpus, new=not base)
-    return tokenizer, model
+    return model
 
 
 def check_shape(settings: TrainingSettings, base: NanoGPTForCausalLM) -> None:

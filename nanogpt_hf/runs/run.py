@@ -36,7 +36,7 @@ from ..training.reporting import check_trackers, evaluated_at, loss_unit, read_m
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
 from ..training.used_folder import check_usable
-from .showing import NEW_LINE, Showing, sample_base
+from .showing import BETWEEN, NEW_LINE, Showing, sample_base
 
 R = TypeVar("R", bound=RunSettings)
 C = TypeVar("C")
@@ -45,6 +45,10 @@ MANY_PASSES = 100
 AGAIN_AND_AGAIN = (
     "a model learns a text by heart that it reads so often: give more text or fewer --max_steps, or fine-tune a model "
     "that has read more ({})."
+)
+
+NOTHING_BETTER = (
+    "NOTE: the model was never better than before its first step: a lower learning rate may help."
 )
 
 
@@ -219,6 +223,7 @@ def describe(
         )
     if settings.vector_learning_rate is not None:
         rate += f", of vectors {settings.vector_learning_rate:g}"
+    dropouts = {*settings.dropouts().values()} - {0.0}
     passes = 0.0
     if isinstance(objective, LanguageModeling):
         passes = settings.max_steps * objective.tokens_per_step / len(objective.train)
@@ -234,7 +239,8 @@ def describe(
         f"{context_length(model)}",
         *lines,
         f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens"
-        f"{f', {passes:.3g} times the text' if passes else ''}; validation every {settings.eval_steps}",
+        f"{f', {passes:.3g} times the text' if passes else ''}"
+        f"{f', dropout {max(dropouts):g}' if dropouts else ''}; validation every {settings.eval_steps}",
         *([f"warning: {AGAIN_AND_AGAIN.format(command('finetune_lora'))}"] if passes > MANY_PASSES else []),
         f"optimiser  {rate}, warm-up {settings.warmup_steps} steps, then {settings.lr_scheduler_type}",
         f"output     {settings.output_dir}",
@@ -305,10 +311,11 @@ def describe_result(
     say(
         accelerator,
         "",
-        text.split("\n\n---\n\n")[0].strip(),
+        text.split(BETWEEN)[0].strip(),
         "",
         f"validation loss {progress.best_loss:.4f} {loss_unit(best)}, best at step {progress.best_step} of {progress.step}; "
         f"{progress.elapsed_s / 60:.1f} minutes",
+        *([NOTHING_BETTER] if progress.best_step == 0 else []),
         *bits_words(rows, best, corpus),
         *memory_words(accelerator.device),
         f"run folder      {folder}",

@@ -21,6 +21,7 @@ from ..training.reporting import draw_loss_curve, read_metrics, say
 
 SMALL = 2**28  # bytes of weights, of which a second model surely fits beside the one that trains
 SHARE_OF_TIME = 0.03
+BETWEEN = "\n\n---\n\n"  # two samples
 NEW_LINE = "\n"  # the prompt that every tokenizer knows and that says least
 
 
@@ -56,7 +57,7 @@ class Showing:
                 self._write(
                     target / "samples.txt", lambda path: path.write_text(self._sample(model, last), "utf-8")
                 )
-            if not self.ended and (target / "samples.txt").exists():
+            if not last and (target / "samples.txt").exists():
                 say(self.accelerator, *first_lines((target / "samples.txt").read_text("utf-8")))
         elif there:
             shutil.copy(model / "samples.txt", target)
@@ -97,8 +98,8 @@ class Showing:
 
 
 def first_lines(samples: str, count: int = 2) -> list[str]:
-    """What a person who watches a run sees of its samples."""
-    lines = [line for line in samples.splitlines() if line.strip()]
+    """What a person who watches a run sees of its samples: of the first."""
+    lines = [line for line in samples.split(BETWEEN)[0].splitlines() if line.strip()]
     return [f"  {line[:100]}" for line in lines[:count]]
 
 
@@ -113,7 +114,7 @@ def sample(
     amount = {"num_return_sequences": texts, "max_new_tokens": tokens}
     stop = [] if prompt == NEW_LINE else ["\n\n"]  # where a stanza ends
     samples = generate_text(model, tokenizer, prompt, **amount, stop=stop, temperature=0.8, seed=seed)
-    return printable("\n\n---\n\n".join((prompt + sample).strip() for sample in samples) + "\n")
+    return printable(BETWEEN.join((prompt + sample).strip() for sample in samples) + "\n")
 
 
 def sample_base(accelerator: Accelerator, settings: RunSettings, prompt: str) -> str | None:
