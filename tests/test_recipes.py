@@ -251,11 +251,13 @@ def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(tmp_path, text, c
     "words, dropout, of_branches",
     [
         ("--max_steps 40", 0.0, None),
-        ("--max_steps 400", 0.1, None),
-        ("--num_train_epochs 30", 0.1, None),
-        ("--train_tokens 5e4", 0.1, None),
+        ("--num_train_epochs 7.9", 0.0, None),
+        ("--num_train_epochs 16", 0.1, None),
+        ("--train_tokens 5e4", 0.11, None),
+        ("--max_steps 400", 0.11, None),
+        ("--max_steps 4000", 0.3, None),
         ("--max_steps 400 --dropout 0", 0.0, None),
-        ("--max_steps 400 --resid_pdrop 0.3", 0.1, 0.3),
+        ("--max_steps 400 --resid_pdrop 0.3", 0.11, 0.3),
     ],
 )
 def test_a_text_that_is_read_often_is_read_with_dropout(text, capsys, words, dropout, of_branches):

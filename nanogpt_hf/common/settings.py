@@ -383,8 +383,8 @@ class TrainingSettings(RunSettings, ModelSettings, TokenizerSettings):
         BaseSettings,
         "dropout",
         None,
-        help="sets resid_pdrop, embd_pdrop and attn_pdrop together; default: 0.1 where the run reads the text more than 4 "
-        "times, else 0",
+        help="sets resid_pdrop, embd_pdrop and attn_pdrop together; default: 0, and where the run reads the text more than 8 "
+        "times 0.1 for each doubling, up to 0.3",
     )
 
     BEFORE: ClassVar[dict[str, Any]] = RunSettings.BEFORE | {"rdrop_alpha": 0.0}

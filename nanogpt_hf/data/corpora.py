@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -95,12 +95,16 @@ class Corpus:
     validation_sha256: str | None = None
     reading: Sequence[str] = ()
     special_tokens: bool = False  # whether those that the text spells are tokens
+    _ids: dict[str, tuple[Any, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def make_tokenizer(self, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
         return make_tokenizer(kind, self.train, vocab_size, self.validation)
 
     def ids(self, split: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-        return encode_documents(tokenizer, getattr(self, split), self.special_tokens)
+        by = (tokenizer, len(tokenizer))  # a vocabulary may grow
+        if split not in self._ids or self._ids[split][0] != by:
+            self._ids[split] = by, encode_documents(tokenizer, getattr(self, split), self.special_tokens)
+        return self._ids[split][1]
 
     def unseen_ids(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
         unseen: list[int] = np.setdiff1d(np.arange(vocab_size), self.ids("train", tokenizer)).tolist()

@@ -110,7 +110,7 @@ class TokenStream:
         elif isinstance(ids, np.memmap) or 4 * len(ids) > ON_DEVICE_BYTES:
             self.ids = MappedIds([ids])
         else:
-            self.ids = torch.from_numpy(ids.astype(np.int32)).to(self.device)
+            self.ids = torch.from_numpy(ids.astype(np.int32, copy=False)).to(self.device)
 
     def __len__(self) -> int:
         return len(self.ids)

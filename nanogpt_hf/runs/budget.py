@@ -1,4 +1,4 @@
-"""How many tokens a pretraining run will read, and the batch and heads that suit it.
+"""How many tokens a pretraining run will read, and the batch, heads and dropout that suit it.
 
 The batch is the one that takes the least time. A batch of B tokens takes the time of FIXED + B tokens, and a run needs
 1 + B / B_crit times the tokens of a run of small batches (McCandlish et al. 2018): the product is least at the square root
@@ -29,6 +29,9 @@ FLOPS_GUESSED = {
     "mps": 3e12,
     "cpu": 1e11,
 }  # a second; a tenth of them would not halve the batch
+# Of a run that reads its text oftener, without dropout, the best model is not the last (benchmarks/RESULTS.md).
+PASSES_WITHOUT_DROPOUT = 8
+MOST_DROPOUT = 0.3
 CHANNELS_PER_HEAD = 128  # as in every published Qwen3; 64 measured worse at GPT-2's size, and no faster
 
 
@@ -77,3 +80,9 @@ def heads_of(preset: str) -> int:
     """Attention heads of a named size in Qwen3's block."""
     size = find_preset(preset)
     return size.n_embd // CHANNELS_PER_HEAD if size.n_embd % CHANNELS_PER_HEAD == 0 else size.n_head
+
+
+def dropout_of(passes: float) -> float:
+    """The dropout of a run that reads its text so many times: a tenth for each doubling after the first eight."""
+    oftener = passes / PASSES_WITHOUT_DROPOUT
+    return round(min(MOST_DROPOUT, 0.1 * math.log2(oftener)), 2) if oftener > 1 else 0.0

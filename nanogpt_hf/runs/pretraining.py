@@ -18,14 +18,10 @@ from ..training.checkpoints import Progress
 from ..training.loop import train
 from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
+from .budget import dropout_of
 from .command_line import SHAPE
 from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
 from .showing import Showing
-
-# A run that reads its text oftener begins to learn it by heart without dropout: of 100,000 and 300,000 characters a model of 0.9M
-# parameters (benchmarks/RESULTS.md).
-OFTEN = 4
-OFTEN_READ_DROPOUT = 0.1
 
 
 def pretrain(settings: TrainingSettings) -> Progress:
@@ -76,7 +72,7 @@ def settle_dropout(
     text = len(corpus.ids("train", tokenizer))
     tokens = settings.train_tokens or (settings.num_train_epochs or 0) * text
     tokens = tokens or (settings.max_steps or 0) * global_batch_size(settings, accelerator) * T
-    return replace(settings, dropout=OFTEN_READ_DROPOUT if tokens > OFTEN * text else 0.0)
+    return replace(settings, dropout=dropout_of(tokens / max(1, text)))
 
 
 def make_model(
