@@ -30,7 +30,6 @@ DEFAULTS = {
     "baby": dict(
         architecture="qwen3",
         n_positions=1024,
-        dropout=0.3,
         rdrop_alpha=2.0,
         optim="muon",
         muon_learning_rate=0.015,

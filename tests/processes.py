@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from nanogpt_hf.common.cli import parse, run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.corpora import load_corpus
-from nanogpt_hf.runs.pretraining import make_model, make_tokenizer
+from nanogpt_hf.runs.pretraining import find_rdrop, make_model, make_tokenizer, settle_dropout
 from nanogpt_hf.runs.run import language_modeling, make_ready, resolve
 from nanogpt_hf.training.hardware import make_accelerator
 from nanogpt_hf.training.loop import train
@@ -73,12 +73,14 @@ def train_here(words: list[str], change_model=None, make_accelerator=make_accele
     corpus = load_corpus(settings.corpus, settings.validation_split_percentage, **settings.reading_options())
     set_seed(settings.seed)
     tokenizer = make_tokenizer(settings, corpus)
+    settings = settle_dropout(settings, accelerator, corpus, tokenizer)
     model = make_model(settings, corpus, tokenizer)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
     make_ready(settings, model)
     if change_model is not None:
         change_model(model)
-    objective = language_modeling(accelerator, settings, corpus, tokenizer)
+    alpha, _ = find_rdrop(settings, model)
+    objective = language_modeling(accelerator, settings, corpus, tokenizer, alpha)
     return train(accelerator, settings, corpus, tokenizer, model, objective)
 
 

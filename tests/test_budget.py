@@ -65,6 +65,13 @@ def test_without_a_length_it_is_twenty_tokens_a_parameter():
     assert settings.max_steps is None
 
 
+def test_gpt2s_own_block_has_rates_of_its_own_and_what_is_given_counts():
+    usual, exactly = settings_for(), settings_for("--architecture", "gpt2")
+    given = settings_for("--architecture", "gpt2", "--vector_learning_rate", "0.02")
+    assert exactly.muon_learning_rate > usual.muon_learning_rate == 0.02
+    assert exactly.vector_learning_rate < given.vector_learning_rate == 0.02 < usual.vector_learning_rate
+
+
 @pytest.mark.parametrize("preset, words", [("gpt2", []), ("gpt2", ["--n_layer", "3"]), ("cpu", [])])
 def test_the_ends_of_residual_branches_move_as_gpt2_starts_them(preset, words):
     recipe = pretrain_char.DEFAULTS[preset] if preset == "cpu" else vars(settings_for(*words))
@@ -140,7 +147,8 @@ def test_a_run_ends_with_its_tokens_and_its_checkpoint_is_a_plain_one(
     tokens_per_step = rows[0]["tokens_seen"]
     assert rows[-1]["step"] == settings["max_steps"] and 0 <= rows[-1]["tokens_seen"] - 1000 < tokens_per_step
     peak = max(row["muon_learning_rate"] for row in rows)
-    assert peak == pytest.approx(0.02) and rows[-1]["muon_learning_rate"] < 2 * peak / len(rows)
+    wanted = settings_for("--architecture", architecture).muon_learning_rate
+    assert peak == pytest.approx(wanted) and rows[-1]["muon_learning_rate"] < 2 * peak / len(rows)
 
     model = NanoGPTForCausalLM.from_pretrained(tmp_path / "run").eval()
     nanogpt_hf.export(model, AutoTokenizer.from_pretrained(tmp_path / "run"), tmp_path / "plain")

@@ -251,13 +251,14 @@ def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(tmp_path, text, c
     "words, dropout, of_branches",
     [
         ("--max_steps 40", 0.0, None),
-        ("--num_train_epochs 7.9", 0.0, None),
-        ("--num_train_epochs 16", 0.1, None),
-        ("--train_tokens 5e4", 0.11, None),
-        ("--max_steps 400", 0.11, None),
+        ("--num_train_epochs 3.9", 0.0, None),
+        ("--num_train_epochs 20", 0.14, None),
+        ("--train_tokens 5e4", 0.12, None),
+        ("--max_steps 400", 0.12, None),
         ("--max_steps 4000", 0.3, None),
+        ("--max_steps none --max_minutes 1", 0.3, None),
         ("--max_steps 400 --dropout 0", 0.0, None),
-        ("--max_steps 400 --resid_pdrop 0.3", 0.11, 0.3),
+        ("--max_steps 400 --resid_pdrop 0.3", 0.12, 0.3),
     ],
 )
 def test_a_text_that_is_read_often_is_read_with_dropout(text, capsys, words, dropout, of_branches):
@@ -266,8 +267,29 @@ def test_a_text_that_is_read_often_is_read_with_dropout(text, capsys, words, dro
     header, _, settings = capsys.readouterr().out.partition("\n\n")
     values = yaml.safe_load(settings)
     assert (values["dropout"], values["resid_pdrop"]) == (dropout, of_branches)
-    shown = of_branches or dropout
-    assert f", dropout {shown:g};" in header if shown else "dropout" not in header
+    shown = f"up to {of_branches:g}" if of_branches else f"{dropout:g}"
+    assert f", dropout {shown};" in header if dropout else "dropout" not in header
+
+
+def test_a_base_that_goes_on_has_dropout_as_a_new_model_has(run_folder, text, capsys):
+    words = [
+        "--corpus",
+        text,
+        "--model_name_or_path",
+        run_folder,
+        "--per_device_train_batch_size",
+        "8",
+        "--use_cpu",
+    ]
+    assert run("pretrain_char.py", *words, "--max_steps", "400", "--dry_run") == 0
+    assert ", dropout 0.12;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dropout, line", [("0.1", "R-Drop     each window is read twice"), ("0", "NOTE: each window is read once")])  # fmt: skip
+def test_r_drop_needs_dropout(text, capsys, dropout, line):
+    words = ["--corpus", text, *TINY, "--rdrop_alpha", "1", "--dropout", dropout, "--dry_run"]
+    assert run("pretrain_char.py", *words) == 0
+    assert line in capsys.readouterr().out
 
 
 def test_a_run_that_made_nothing_better_says_so(tmp_path, text, capsys):

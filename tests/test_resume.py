@@ -3,11 +3,12 @@
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from processes import (
     Run,
@@ -21,6 +22,8 @@ from processes import (
     write_corpus,
 )
 
+from nanogpt_hf import pretrain
+from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.training.checkpoints import (
     list_checkpoints,
     read_progress,
@@ -59,7 +62,7 @@ def refusal(words) -> str:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--optim", "muon", "--architecture", "qwen3", "--bf16", "false"),
+        ("--optim", "muon", "--architecture", "qwen3", "--rdrop_alpha", "2", "--bf16", "false"),
         (
             "--optim",
             "adamw",
@@ -96,6 +99,23 @@ def test_a_run_in_two_parts_ends_as_one_run(corpus, tmp_path, options):
     assert ends[1].run_id == first_part.run_id and ends[1].elapsed_s > first_part.elapsed_s
     of_this_course = {"elapsed_s": 0, "run_id": "", "metrics_sha256": ""}  # metrics.jsonl holds the times
     assert asdict(ends[0]) | of_this_course == asdict(ends[1]) | of_this_course
+
+
+@pytest.mark.usefixtures("own_accelerate_state")
+def test_a_dropout_that_the_run_has_chosen_stays_when_it_goes_on_longer(corpus, tmp_path):
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16, "per_device_train_batch_size": 8}
+    settings = TrainingSettings(
+        corpus=str(corpus),
+        output_dir=str(tmp_path / "run"),
+        max_steps=200,
+        save_steps=200,
+        use_cpu=True,
+        **sizes,
+    )
+    pretrain(settings)
+    pretrain(replace(settings, max_steps=220, resume_from_checkpoint="last"))
+    assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["dropout"] == 0.08
+    assert read_progress(tmp_path / "run" / "checkpoints" / "step-220").step == 220
 
 
 def test_best_so_far_and_early_stopping_count_go_on(corpus, tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.runs import pretraining
+from nanogpt_hf.runs.showing import first_lines
 from nanogpt_hf.training import best_model, evaluation
 from nanogpt_hf.training.gpus import flops_per_token
 from nanogpt_hf.training.progress_bar import ProgressBar
@@ -110,6 +111,10 @@ def test_the_curve_goes_on_at_every_evaluation_and_is_always_whole(tmp_path, mon
     assert (folder / "samples.txt").read_text(encoding="utf-8").count("\n---\n") == 2
 
 
+def test_who_watches_sees_the_beginning_of_one_sample():
+    assert first_lines("\nTo be\n\n---\n\nor not\n") == ["  To be"]
+
+
 def test_a_curve_has_any_name_for_its_title_and_its_best_in_the_legend(tmp_path, recwarn, monkeypatch):
     drawn, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **o: drawn.append(self) or save(self, *a, **o))
@@ -129,11 +134,22 @@ def test_what_a_run_of_a_gpu_and_a_tracker_says_of_itself(tmp_path, monkeypatch,
     pytest.importorskip("tensorboard")
     monkeypatch.setattr("nanogpt_hf.training.reporting.peak_of", lambda device: 1e9)
     folder = tmp_path / "run"
-    run(folder, tmp_path, "--bf16", "true", "--report_to", "tensorboard")
+    run(
+        folder,
+        tmp_path,
+        "--bf16",
+        "true",
+        "--report_to",
+        "tensorboard",
+        "--rdrop_alpha",
+        "1",
+        "--dropout",
+        "0.1",
+    )
     rows = [row for row in metrics(folder) if "tokens_per_s" in row]
     model = AutoModelForCausalLM.from_pretrained(folder)
     for row in rows:
-        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops_per_token(model, 16) / 1e9)
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops_per_token(model, 16, passes=2) / 1e9)
     (shown,) = re.findall(r"^tensorboard tensorboard --logdir (.*)$", capsys.readouterr().out, re.M)
     assert shown == str(folder / "trackers") and [*Path(shown).rglob("events.out.*")]
     settings = parse(

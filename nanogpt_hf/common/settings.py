@@ -197,7 +197,7 @@ class ModelSettings(BaseSettings):
     rdrop_alpha: float = setting(
         0.0,
         "R-Drop: read each window twice, with other dropout, and draw the two predictions together by this much; for "
-        "small texts and vocabularies, at twice the time a step",
+        "small texts and vocabularies: a step takes twice the time and memory",
         ge=0,
     )
 
@@ -383,8 +383,8 @@ class TrainingSettings(RunSettings, ModelSettings, TokenizerSettings):
         BaseSettings,
         "dropout",
         None,
-        help="sets resid_pdrop, embd_pdrop and attn_pdrop together; default: 0, and where the run reads the text more than 8 "
-        "times 0.1 for each doubling, up to 0.3",
+        help="sets resid_pdrop, embd_pdrop and attn_pdrop together; where no default stands here: 0, and in a run that "
+        "reads its text more than 4 times 0.007 for each time, up to 0.3",
     )
 
     BEFORE: ClassVar[dict[str, Any]] = RunSettings.BEFORE | {"rdrop_alpha": 0.0}

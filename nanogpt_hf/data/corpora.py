@@ -95,7 +95,9 @@ class Corpus:
     validation_sha256: str | None = None
     reading: Sequence[str] = ()
     special_tokens: bool = False  # whether those that the text spells are tokens
-    _ids: dict[str, tuple[Any, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ids: dict[str, tuple[Any, np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def make_tokenizer(self, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
         return make_tokenizer(kind, self.train, vocab_size, self.validation)

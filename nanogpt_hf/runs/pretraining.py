@@ -1,14 +1,16 @@
 """Pretraining: a tokenizer and a new model, or one that goes on, and the way of every run."""
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.errors import UserError
+from ..common.presets import find_preset
 from ..common.settings import TrainingSettings
 from ..data.corpora import AnyCorpus
 from ..model import NanoGPTForCausalLM
@@ -18,9 +20,9 @@ from ..training.checkpoints import Progress
 from ..training.loop import train
 from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
-from .budget import dropout_of
-from .command_line import SHAPE
-from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start
+from .budget import dropout_of, planned_tokens
+from .command_line import SHAPE, earlier
+from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start, tokens_asked
 from .showing import Showing
 
 
@@ -65,14 +67,29 @@ def settle_dropout(
     corpus: AnyCorpus,
     tokenizer: PreTrainedTokenizerFast,
 ) -> TrainingSettings:
-    """Settings with a dropout, where none is given and no base brings its own: some for a text that is read often."""
-    if settings.dropout is not None or settings.model_name_or_path or settings.resume_from_checkpoint:
+    """Settings with a dropout, where none is given: by how often the run reads its text."""
+    if settings.dropout is not None:
         return settings
-    T = settings.n_positions or make_config(settings.preset).n_positions
-    text = len(corpus.ids("train", tokenizer))
-    tokens = settings.train_tokens or (settings.num_train_epochs or 0) * text
-    tokens = tokens or (settings.max_steps or 0) * global_batch_size(settings, accelerator) * T
-    return replace(settings, dropout=dropout_of(tokens / max(1, text)))
+    if settings.resume_from_checkpoint:
+        return replace(settings, dropout=earlier(type(settings), vars(settings)).get("dropout"))
+    if settings.max_steps is not None:
+        T = settings.n_positions or find_context(settings)
+        tokens = settings.max_steps * global_batch_size(settings, accelerator) * T
+    else:
+        size = find_preset(settings.preset or "gpt2")
+        guess = planned_tokens({"max_minutes": settings.max_minutes}, size, accelerator.device.type)
+        tokens = tokens_asked(settings, corpus, tokenizer) or guess
+    return replace(settings, dropout=dropout_of(tokens / max(1, len(corpus.ids("train", tokenizer)))))
+
+
+def find_context(settings: TrainingSettings) -> int:
+    """The context of a model that is not made or loaded yet; 0 where a base does not tell, which loading it answers."""
+    if not settings.model_name_or_path:
+        return make_config(settings.preset).n_positions
+    with suppress(OSError, ValueError):
+        fields = PreTrainedConfig.get_config_dict(local_checkpoint(settings.model_name_or_path))[0]
+        return fields.get("n_positions") or fields.get("max_position_embeddings") or 0
+    return 0
 
 
 def make_model(
@@ -132,7 +149,9 @@ def find_rdrop(settings: TrainingSettings, model: PreTrainedModel) -> tuple[floa
     if not alpha:
         return 0.0, []
     if not (config.resid_pdrop or config.embd_pdrop or config.attn_pdrop):
-        return 0.0, ["NOTE: without dropout R-Drop has nothing to compare, so each window is read once."]
+        return 0.0, [
+            "NOTE: each window is read once: there is no dropout, so R-Drop would find no difference."
+        ]
     return alpha, [
         f"R-Drop     each window is read twice, with other dropout; their divergence counts {alpha:g}"
     ]

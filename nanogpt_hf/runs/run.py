@@ -106,9 +106,6 @@ def resolve(
     if T > context:
         raise UserError(f"--n_positions is {T}, more than the base's context of {context}.")
     changes: dict[str, Any] = {"output_dir": settings.folder(), "n_positions": T}
-    tokens = settings.train_tokens
-    if settings.num_train_epochs is not None:
-        tokens = settings.num_train_epochs * len(corpus.ids("train", tokenizer))
     if hasattr(settings, "vocab_size"):
         changes["vocab_size"] = len(tokenizer)
         if base := settings.model_name_or_path:  # which brings its own
@@ -118,6 +115,7 @@ def resolve(
     if asks_for_checkpointing():
         changes["gradient_checkpointing"] = True
     settings = replace(settings, **changes)
+    tokens = tokens_asked(settings, corpus, tokenizer)
     if settings.max_steps is None and tokens is not None:
         return of_length(settings, math.ceil(tokens / (global_batch_size(settings, accelerator) * T)))
     if settings.max_steps is None and settings.max_minutes is None:
@@ -125,6 +123,15 @@ def resolve(
             "the run has no end: give --max_steps, --train_tokens, --num_train_epochs or --max_minutes."
         )
     return settings if settings.max_steps is None else of_length(settings, settings.max_steps)
+
+
+def tokens_asked(
+    settings: RunSettings, corpus: AnyCorpus, tokenizer: PreTrainedTokenizerFast
+) -> float | None:
+    """How many tokens a run is to read by its settings; None where they do not say it in tokens or epochs."""
+    if settings.num_train_epochs is not None:
+        return settings.num_train_epochs * len(corpus.ids("train", tokenizer))
+    return settings.train_tokens
 
 
 def of_length(settings: R, steps: int) -> R:
@@ -223,7 +230,8 @@ def describe(
         )
     if settings.vector_learning_rate is not None:
         rate += f", of vectors {settings.vector_learning_rate:g}"
-    dropouts = {*settings.dropouts().values()} - {0.0}
+    dropouts = settings.dropouts().values()
+    most = f"{'up to ' * (len({*dropouts}) > 1)}{max(dropouts):g}" if any(dropouts) else ""
     passes = 0.0
     if isinstance(objective, LanguageModeling):
         passes = settings.max_steps * objective.tokens_per_step / len(objective.train)
@@ -240,7 +248,7 @@ def describe(
         *lines,
         f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens"
         f"{f', {passes:.3g} times the text' if passes else ''}"
-        f"{f', dropout {max(dropouts):g}' if dropouts else ''}; validation every {settings.eval_steps}",
+        f"{f', dropout {most}' if most else ''}; validation every {settings.eval_steps}",
         *([f"warning: {AGAIN_AND_AGAIN.format(command('finetune_lora'))}"] if passes > MANY_PASSES else []),
         f"optimiser  {rate}, warm-up {settings.warmup_steps} steps, then {settings.lr_scheduler_type}",
         f"output     {settings.output_dir}",

@@ -43,7 +43,7 @@ class Objective(Protocol):
 
     Attributes:
         tokens_per_step: tokens that a whole global batch is given to read.
-        same_count: every process's part of it counts as many, so that none has to wait for the others to know how many.
+        same_count: the loss counts as many tokens in every process, so that none has to ask the others.
         passes: how often a step reads each of these tokens.
     """
 
@@ -138,10 +138,7 @@ class RDrop(LanguageModeling):
         logits = model(input_ids=torch.cat((inputs, inputs)), use_cache=False).logits
         log_p, log_q = logits.float().log_softmax(-1).flatten(0, 1).chunk(2)  # each B*T V
         nats = sum(F.nll_loss(each, targets.flatten(), reduction="sum") for each in (log_p, log_q))
-        apart = sum(
-            F.kl_div(*pair, reduction="sum", log_target=True) for pair in ((log_p, log_q), (log_q, log_p))
-        )
-        pull = self.alpha / 2 * apart
+        pull = self.alpha / 2 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()  # of both divergences
         # Its value stays the cross-entropy alone, to be compared with the validation's.
         return (nats + pull - pull.detach()) / (2 * num_items)
 

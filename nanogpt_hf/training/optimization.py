@@ -18,8 +18,8 @@ from .sharding import AdamW
 def make_optimizers(model: PreTrainedModel, settings: RunSettings) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for everything else.
 
-    Matrices decay, vectors (norms, biases) do not. Learned positions decay too, but have the vectors' rate: every step
-    trains all of them, as it does vectors, and few of the tokens.
+    Matrices decay, vectors (norms, biases) do not. Learned positions, which are all embeddings but the tokens', decay
+    too, but have the vectors' rate: every step trains all of them, and few of the tokens.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     head = model.get_output_embeddings()
