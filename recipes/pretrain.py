@@ -47,7 +47,8 @@ DEFAULTS = dict(
     eval_steps=1000,
     save_steps=1000,
 )
-# Of GPT-2's own block, whose vectors are biases too: each rate is the better one of those tried alone at 4.5 million tokens.
+# Of GPT-2's own block, by runs of 4.5 million tokens that changed one rate each: positions gained most from 0.01, norms and
+# biases about as much from 0.01 as from 0.003.
 EXACTLY_GPT2 = dict(muon_learning_rate=0.03, vector_learning_rate=0.01)
 ON_A_CPU = dict(dropout=None, attn_implementation="eager", muon_learning_rate=0.03, learning_rate=0.02)
 SEQUENCES_AT_ONCE = {
