@@ -334,6 +334,7 @@ def test_max_minutes(corpus, undisturbed, tmp_path):
     said = finished(training_words(folder, corpus, *WRITING_MUCH, "--max_minutes", "0.002"))
     newest = newest_good(folder / "checkpoints")[0]
     assert f"--max_minutes 0.002 passed at step {step_of(newest)} of 30" in said
+    assert "--resume_from_checkpoint last --max_minutes 0.004" in said
     assert metrics(folder)[-1]["step"] == step_of(newest) < 30 and "eval_loss" in metrics(folder)[-1]
     finished(training_words(folder, corpus, *WRITING_MUCH, *GO_ON))
     assert digests(folder) == digests(undisturbed)

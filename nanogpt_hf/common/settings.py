@@ -384,7 +384,8 @@ class TrainingSettings(RunSettings, ModelSettings, TokenizerSettings):
         "dropout",
         None,
         help="sets resid_pdrop, embd_pdrop and attn_pdrop together; where no default stands here: 0, and in a run that "
-        "reads its text more than 4 times 0.007 for each time, up to 0.3",
+        "reads its text more than 4 times 0.007 for each time, up to 0.3 (by a guess of the speed where --max_minutes "
+        "alone says how long)",
     )
 
     BEFORE: ClassVar[dict[str, Any]] = RunSettings.BEFORE | {"rdrop_alpha": 0.0}

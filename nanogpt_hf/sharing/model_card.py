@@ -121,7 +121,7 @@ def make_card(
         datasets=re.findall(r"^([\w.-]+/[\w.-]+)@[0-9a-f]{40}$", corpus.get("source") or "") or None,
         base_model=base_facts.get("hub_id"),
         model_name=printable(title),
-        eval_results=_results(corpus_name, best, rows) if corpus and "eval_loss" in best else None,
+        eval_results=_results(corpus_name, best) if corpus and "eval_loss" in best else None,
         **_license(base_facts.get("license") or corpus.get("license")),
     )
     body = [
@@ -209,11 +209,11 @@ def _license(corpus_license: str | None) -> dict:
     return {"license": corpus_license or "unknown"}
 
 
-def _results(corpus_name: str, best: dict, rows: list[dict]) -> list[EvalResult]:
+def _results(corpus_name: str, best: dict) -> list[EvalResult]:
     measured = {
         ("validation", "loss", f"loss, {loss_unit(best)}"): best.get("eval_loss"),
         ("validation", "bits_per_character", "bits per character"): best.get("eval_bits_per_char"),
-        ("train", "loss", f"loss of one batch, {loss_unit(best)}"): _train_loss(best, rows),
+        ("train", "loss", f"loss of one batch, {loss_unit(best)}"): _train_loss(best),
     }
     return [
         EvalResult(
@@ -230,13 +230,10 @@ def _results(corpus_name: str, best: dict, rows: list[dict]) -> list[EvalResult]
     ]
 
 
-def _train_loss(best: dict, rows: list[dict]) -> float | None:
+def _train_loss(best: dict) -> float | None:
     """None of a run on rewards: what is minimised there is no measure of them."""
-    return None if loss_unit(best) == OF_REWARDS else _last(rows, "train_loss")
-
-
-def _last(rows: list[dict], key: str) -> float | None:
-    return next((row[key] for row in reversed(rows) if isfinite(row.get(key, float("nan")))), None)
+    loss = best.get("train_loss", float("nan"))
+    return loss if isfinite(loss) and loss_unit(best) != OF_REWARDS else None
 
 
 def count_parameters(folder: Path) -> int:
@@ -363,8 +360,10 @@ def _result_words(best: dict, rows: list[dict]) -> str:
     first = rows[0] if rows else best
     if first["step"] == 0 and best["step"] > 0 and "eval_bits_per_char" in first:
         words += f"; before the first step {first['eval_loss']:.4f} ({first['eval_bits_per_char']:.4f})"
-    train_loss = _train_loss(best, rows)
-    return words + (f"; training loss of the last batch {train_loss:.4f}." if train_loss is not None else ".")
+    train_loss = _train_loss(best)
+    return words + (
+        f"; training loss of that step's batch {train_loss:.4f}." if train_loss is not None else "."
+    )
 
 
 def name_of(corpus: dict) -> str:

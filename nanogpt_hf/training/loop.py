@@ -151,6 +151,7 @@ def say_how_it_ended(
         say(
             accelerator,
             f"--max_minutes {settings.max_minutes} passed at step {progress.step} of {settings.max_steps}",
+            f"go on with      {going_on(Path(settings.folder()))} --max_minutes {2 * settings.max_minutes:g}",
         )
 
 
