@@ -300,6 +300,15 @@ def test_a_run_that_made_nothing_better_says_so(tmp_path, text, capsys):
         assert ("never better than before its first step" in capsys.readouterr().out) is noted
 
 
+@pytest.mark.parametrize("steps, noted", [("150", True), ("10", False)])
+def test_a_run_that_learned_its_text_by_heart_says_so(tmp_path, capsys, steps, noted):
+    letters = torch.randint(97, 123, (900,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "noise.txt").write_text("".join(map(chr, letters)), encoding="utf-8")
+    words = ["--corpus", tmp_path / "noise.txt", "--output_dir", tmp_path / "run", *TINY, "--dropout", "0"]
+    assert run("pretrain_char.py", *words, "--max_steps", steps, "--eval_steps", "5") == 0
+    assert ("NOTE: validation got worse after step" in capsys.readouterr().out) is noted
+
+
 def test_bad_input_to_sample(tmp_path, run_folder, capsys):
     for words, message in [
         ([], "there is no model"),

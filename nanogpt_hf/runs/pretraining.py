@@ -18,12 +18,18 @@ from ..model.bases import local_checkpoint
 from ..model.loading import check_vocabulary, context_length, load_native, make_config, suppress_padding
 from ..training.checkpoints import Progress
 from ..training.loop import train
+from ..training.reporting import say
 from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
 from .budget import dropout_of, planned_tokens
 from .command_line import SHAPE, earlier
 from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start, tokens_asked
 from .showing import Showing
+
+PART_THAT_HELPED = 0.75  # of a run; a model that is best later may be so by chance
+LATER_STEPS_HURT = (
+    "NOTE: validation got worse after step {}: fewer --max_steps or a higher --dropout may help."
+)
 
 
 def pretrain(settings: TrainingSettings) -> Progress:
@@ -48,6 +54,8 @@ def pretrain(settings: TrainingSettings) -> Progress:
     with alone_in(accelerator, Path(settings.folder())):
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show)
         finish(accelerator, settings, corpus, progress, show)
+    if 0 < (progress.best_step or 0) < PART_THAT_HELPED * progress.step:
+        say(accelerator, LATER_STEPS_HURT.format(progress.best_step))
     return progress
 
 
