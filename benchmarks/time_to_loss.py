@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_loss.py --nanogpt_dir ~/nanoGPT                                  # on a GPU
     python benchmarks/time_to_loss.py --use_cpu --loss 1.8857 --nanogpt_dir ~/nanoGPT          # on a CPU
-    python benchmarks/time_to_loss.py --ours "--max_steps 300 --rdrop_alpha 0 --dropout 0.1" --runs 2          # flags of the recipe
+    python benchmarks/time_to_loss.py --runs 2 --ours "--max_steps 300 --rdrop_alpha 0 --dropout 0.1"  # the recipe's flags
 
 Ours is recipes/pretrain_char.py on tiny Shakespeare, in a process of its own, up to its finished run folder; its
 loss is over the whole validation split. nanoGPT is its train.py with its settings for the same text (on a CPU its

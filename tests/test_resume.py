@@ -113,9 +113,9 @@ def test_a_dropout_that_the_run_has_chosen_stays_when_it_goes_on_longer(corpus, 
         **sizes,
     )
     pretrain(settings)
-    pretrain(replace(settings, max_steps=220, resume_from_checkpoint="last"))
+    pretrain(replace(settings, max_steps=300, resume_from_checkpoint="last"))
     assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["dropout"] == 0.08
-    assert read_progress(tmp_path / "run" / "checkpoints" / "step-220").step == 220
+    assert read_progress(tmp_path / "run" / "checkpoints" / "step-300").step == 300
 
 
 def test_best_so_far_and_early_stopping_count_go_on(corpus, tmp_path):

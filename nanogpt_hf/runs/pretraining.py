@@ -85,8 +85,9 @@ def settle_dropout(
         tokens = settings.max_steps * global_batch_size(settings, accelerator) * T
     else:
         size = find_preset(settings.preset or "gpt2")
-        guess = planned_tokens({"max_minutes": settings.max_minutes}, size, accelerator.device.type)
-        tokens = tokens_asked(settings, corpus, tokenizer) or guess
+        minutes = {"max_minutes": settings.max_minutes}
+        tokens = tokens_asked(settings, corpus, tokenizer)
+        tokens = tokens or planned_tokens(minutes, size, accelerator.device.type)
     return replace(settings, dropout=dropout_of(tokens / max(1, len(corpus.ids("train", tokenizer)))))
 
 
