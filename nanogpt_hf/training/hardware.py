@@ -76,7 +76,7 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
         dynamo_plugin=TorchDynamoPlugin(
             backend="no", mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
         ),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=100)],
         log_with=settings.report_to or None,
         project_config=ProjectConfiguration(logging_dir=os.path.join(settings.output_dir or "", "trackers")),
     )

@@ -120,7 +120,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum SGD whose updates are orthogonalised matrices.
 
     The steps of torch.optim.Muon, but for three things: matrices that a weight holds side by side, or the other way
-    round, are updated as the matrices that they are; all of one shape are orthogonalised at once; and it need not
+    round, are updated as the matrices that they are; those of weights of one shape are orthogonalised at once; and it need not
     compute in bfloat16. A CPU without bfloat16 instructions spends 906 ms on torch's step of the preset `cpu`, twice as long
     as on the model (one core of an EPYC restricted to AVX2, November 2026).
 
@@ -166,30 +166,36 @@ class Muon(torch.optim.Optimizer):
         of_one_shape = defaultdict(list)
         for parameter, direction, layout in zip(parameters, directions, layouts, strict=True):
             of_one_shape[parameter.shape].append((parameter, direction, layout))
-        shares = []
-        batches = defaultdict(list)
+        rate, decay, shares = group["lr"], group["weight_decay"], []
         for members in of_one_shape.values():
             weights, tensors, layouts = zip(*members, strict=True)
             share = SharedOut(weights, tensors, self.dtype)
             shares.append(share)
-            for direction, change, layout in zip(
-                share.whole, share.changes, layouts[share.mine], strict=True
-            ):
-                for pair in zip(layout.matrices(direction), layout.matrices(change), strict=True):
-                    shape = pair[0].shape
-                    batches[shape].append((*pair, layout.scale(*shape)))
-        decay = group["weight_decay"]
-        if shares[0].size > 1:  # its changes are not the weights
-            torch._foreach_mul_(local_weights, 1 - group["lr"] * decay)
-            decay = 0.0  # the changes begin as zeros, which need none
-        for shape, members in batches.items():
-            directions, changes, scales = zip(*members, strict=True)
-            updates = torch.empty(len(members), *shape, dtype=self.dtype, device=directions[0].device)
-            torch._foreach_copy_(updates.unbind(), directions)
-            _subtract(fused, changes, orthogonalize(updates), group["lr"], scales, decay)
+            # Where several processes share: updates of zeros, for all of them to subtract.
+            how = (rate, decay) if share.size == 1 else (-1.0, 0.0)
+            for directions, targets, scales in _matrices_of_one_shape(share, layouts[share.mine]):
+                updates = torch.empty(
+                    len(targets), *targets[0].shape, dtype=self.dtype, device=targets[0].device
+                )
+                torch._foreach_copy_(updates.unbind(), directions)
+                _subtract(fused, targets, orthogonalize(updates), scales, *how)
+            share.send()
         for share in shares:
-            share.add_changes()
+            if share.size > 1:
+                _subtract(fused, share.weights, share.receive(), [1.0] * len(share.weights), rate, decay)
         return loss
+
+
+def _matrices_of_one_shape(
+    share: SharedOut, layouts: Sequence[Layout]
+) -> Iterable[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[float]]]:
+    """Of the weights that this process takes: directions, targets and scales of their matrices, shape by shape."""
+    shapes = defaultdict(list)
+    for direction, target, layout in zip(share.whole, share.targets, layouts, strict=True):
+        for pair in zip(layout.matrices(direction), layout.matrices(target), strict=True):
+            shape = pair[0].shape
+            shapes[shape].append((*pair, layout.scale(*shape)))
+    return [tuple(zip(*members, strict=True)) for members in shapes.values()]
 
 
 def _blend(
@@ -211,8 +217,8 @@ def _subtract(
     fused: ModuleType | None,
     matrices: Sequence[torch.Tensor],
     updates: torch.Tensor,
-    rate: float | torch.Tensor,
     scales: Sequence[float],
+    rate: float | torch.Tensor,
     decay: float,
 ) -> None:
     """Lets B matrices of one shape decay and takes their updates (B R C) times rate and scale from them, in place.

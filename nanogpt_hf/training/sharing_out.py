@@ -4,6 +4,7 @@ With DDP every process has the whole of everything, with FSDP2 some rows of each
 R x C, of which a process takes K.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from .sharding import local
 
 
 class SharedOut:
-    """N weights of one shape: `whole` are the tensors that this process takes, `changes` what it makes of them.
+    """N weights of one shape: `whole` are the tensors that this process takes, `targets` are for what it makes of them.
 
     Every process calls these in the same order, with the same weights.
 
@@ -26,7 +27,7 @@ class SharedOut:
     Attributes:
         mine: which of the N this process takes.
         whole: K tensors R x C.
-        changes: K tensors R x C of zeros, or the weights themselves where one process has them all.
+        targets: K tensors R x C of zeros, or the weights themselves where one process has them all.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], dtype: torch.dtype):
@@ -39,7 +40,7 @@ class SharedOut:
         self.counts = [len(part) for part in _chunks(len(weights), share, self.size)]
         self.mine = slice(rank * share, rank * share + self.counts[rank])
         if self.size == 1:
-            self.whole, self.changes = list(tensors), self.weights
+            self.whole, self.targets = list(tensors), self.weights
             return
         if self.sharded:
             self.rows = [
@@ -49,7 +50,9 @@ class SharedOut:
             self.sent = [count * self.rows[rank] * row for count in self.counts]
             self.received = [self.counts[rank] * rows * row for rows in self.rows]
             flat = torch.cat([tensor.to(dtype).flatten() for tensor in tensors])
-            parts = self._exchange(flat, self.sent, self.received).split(self.received)
+            mine, sending = self._exchange(flat, self.sent, self.received)
+            sending.wait()
+            parts = mine.split(self.received)
             shapes = [(self.counts[rank], rows, *self.shape[1:]) for rows in self.rows]
             rows_of_mine = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
             self.whole = list(torch.cat(rows_of_mine, dim=1).unbind())
@@ -57,25 +60,31 @@ class SharedOut:
             self.whole = list(tensors[self.mine])
         count = self.counts[rank] if self.sharded else share
         self._made = torch.zeros(count, *self.shape, dtype=dtype, device=tensors[0].device)
-        self.changes = list(self._made[: self.counts[rank]].unbind())
+        self.targets = list(self._made[: self.counts[rank]].unbind())
 
-    def _exchange(self, flat: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        result = flat.new_empty(sum(received))
-        dist.all_to_all_single(result, flat, received, sent, group=self.group)
-        return result
-
-    def add_changes(self) -> None:
-        """Add to every weight what the process that took it has put into `changes`."""
+    def send(self) -> None:
+        """Begin to send the targets to the processes that wait for them; the device goes on meanwhile."""
         if self.size == 1:
             return
         if self.sharded:
             flat = torch.cat([part.flatten() for part in self._made.split(self.rows, dim=1)])
-            parts = self._exchange(flat, self.received, self.sent)
-            changes = parts.view(len(self.weights), *self.weights[0].shape)
+            self._others, self._sending = self._exchange(flat, self.received, self.sent)
         else:
-            changes = self._made.new_empty(self.size * len(self._made), *self.shape)
-            dist.all_gather(list(changes.chunk(self.size)), self._made, group=self.group)
-        torch._foreach_add_(self.weights, list(changes[: len(self.weights)].unbind()))
+            self._others = self._made.new_empty(self.size * self._made.numel())
+            parts = [part.view_as(self._made) for part in self._others.chunk(self.size)]
+            self._sending = dist.all_gather(parts, self._made, group=self.group, async_op=True)
+
+    def receive(self) -> torch.Tensor:
+        """The targets of all N weights, N R C: as many rows of each as this process holds."""
+        self._sending.wait()
+        shape = (len(self.weights), *self.weights[0].shape)
+        return self._others[: math.prod(shape)].view(shape)
+
+    def _exchange(
+        self, flat: torch.Tensor, sent: list[int], received: list[int]
+    ) -> tuple[torch.Tensor, dist.Work]:
+        result = flat.new_empty(sum(received))
+        return result, dist.all_to_all_single(result, flat, received, sent, group=self.group, async_op=True)
 
 
 def group_of(weight: torch.Tensor) -> dist.ProcessGroup | None:
