@@ -51,6 +51,9 @@ DEFAULTS = dict(
 # biases about as much from 0.01 as from 0.003.
 EXACTLY_GPT2 = dict(muon_learning_rate=0.03, vector_learning_rate=0.01)
 ON_A_CPU = dict(dropout=None, attn_implementation="eager", muon_learning_rate=0.03, learning_rate=0.02)
+SHORTER = (
+    8  # times the first windows are shorter than the context; a base has learned already what they are for
+)
 SEQUENCES_AT_ONCE = {
     "cpu": 8,
     "gpt2-medium": 16,
@@ -93,6 +96,8 @@ def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
         chosen["train_tokens"] = tokens
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     block_size = said.get("n_positions") or size.n_positions
+    if block_size % SHORTER == 0 and not said.get("model_name_or_path"):
+        chosen["short_positions"] = block_size // SHORTER
     sequences = budget.sequences_per_step(tokens, said.get("max_steps"), block_size, devices)
     each = said.get("per_device_train_batch_size") or min(at_once, max(1, sequences // devices))
     chosen["per_device_train_batch_size"] = each

@@ -72,6 +72,13 @@ def test_gpt2s_own_block_has_rates_of_its_own_and_what_is_given_counts():
     assert exactly.vector_learning_rate < given.vector_learning_rate == 0.02 < usual.vector_learning_rate
 
 
+def test_the_first_windows_are_an_eighth_of_the_context_where_it_can_be_divided(tmp_path):
+    assert settings_for().short_positions == 128
+    assert settings_for("--n_positions", "512").short_positions == 64
+    assert settings_for("--n_positions", "500").short_positions is None
+    assert settings_for("--model_name_or_path", "a/base").short_positions is None
+
+
 @pytest.mark.parametrize("preset, words", [("gpt2", []), ("gpt2", ["--n_layer", "3"]), ("cpu", [])])
 def test_the_ends_of_residual_branches_move_as_gpt2_starts_them(preset, words):
     recipe = pretrain_char.DEFAULTS[preset] if preset == "cpu" else vars(settings_for(*words))

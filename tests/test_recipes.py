@@ -292,6 +292,18 @@ def test_r_drop_needs_dropout(text, capsys, dropout, line):
     assert line in capsys.readouterr().out
 
 
+def test_the_first_windows_may_be_shorter_if_they_divide_the_context(text, capsys):
+    words = ["--corpus", text, *TINY, "--max_steps", "10", "--n_positions", "16", "--dry_run"]
+    assert run("pretrain_char.py", *words, "--short_positions", "4", "--short_steps", "0.25") == 0
+    assert ", the first 2 in pieces of 4;" in capsys.readouterr().out
+    assert run("pretrain_char.py", *words, "--short_positions", "4", "--short_steps", "99") == 0
+    assert ", the first 10 in pieces of 4;" in capsys.readouterr().out
+    assert run("pretrain_char.py", *words, "--short_positions", "5", "--short_steps", "0") == 0
+    assert "in pieces of" not in capsys.readouterr().out
+    assert run("pretrain_char.py", *words, "--short_positions", "5") == 2
+    assert "--short_positions is 5, which does not divide the context of 16" in capsys.readouterr().err
+
+
 def test_a_run_that_made_nothing_better_says_so(tmp_path, text, capsys):
     words = ["--corpus", text, "--output_dir", tmp_path / "run", *TINY, "--eval_on_start", "--max_steps", "4"]
     for rate, noted in (("0", True), ("0.01", False)):

@@ -62,7 +62,18 @@ def refusal(words) -> str:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--optim", "muon", "--architecture", "qwen3", "--rdrop_alpha", "2", "--bf16", "false"),
+        (
+            "--optim",
+            "muon",
+            "--architecture",
+            "qwen3",
+            "--rdrop_alpha",
+            "2",
+            "--short_positions",
+            "4",
+            "--bf16",
+            "false",
+        ),
         (
             "--optim",
             "adamw",

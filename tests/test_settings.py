@@ -224,3 +224,4 @@ def test_a_run_of_an_earlier_version_goes_on_without_what_it_did_not_have(tmp_pa
     assert given["max_steps"] == 9 and given["learning_rate"] == 0.003
     assert given["vector_learning_rate"] is None and given["keep_carriage_returns"] is True
     assert given["muon_residual_scale"] == 1.0 and given["rdrop_alpha"] == 0.0
+    assert given["short_positions"] is None

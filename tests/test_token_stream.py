@@ -63,6 +63,37 @@ def test_the_windows_of_an_epoch_begin_at_an_offset_of_its_own():
     assert set(offsets) == set(range(16))
 
 
+@given(
+    length=st.integers(40, 400),
+    block=st.sampled_from([4, 6, 8]),
+    each=st.integers(1, 4),
+    steps=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_pieces_of_the_first_steps_are_what_they_would_read_whole(length, block, each, steps, seed):
+    block, piece, batch = block * each, block, 5
+    stream = TokenStream(np.arange(length), block)
+    whole = [stream.batch(seed, step, batch, slice(None)) for step in range(steps)]
+    parts = [stream.pieces(seed, step, batch, slice(None), piece, steps) for step in range(steps)]
+    for (x, y), (inputs, targets) in zip(parts, whole, strict=True):
+        assert x.shape == y.shape == (batch * each, piece) and x.numel() == inputs.numel()
+        assert torch.equal(y, x + 1) and torch.equal(targets, inputs + 1)
+    read = [torch.cat([x.flatten() for x, _ in batches]).sort().values for batches in (parts, whole)]
+    assert torch.equal(*read)
+    step = steps - 1
+    ranks = [stream.pieces(seed, step, batch, np.arange(rank, batch, 2), piece, steps)[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(ranks).sort(dim=0).values, parts[step][0].sort(dim=0).values)
+
+
+def test_pieces_are_shuffled_over_all_of_their_steps():
+    stream = TokenStream(np.arange(3000), 32)
+    starts = stream.pieces(1, 0, 8, slice(None), 8, 10)[0][:, 0]
+    windows = {int(start) // 32 for start in starts}
+    assert len(windows) > 16  # 32 pieces of 8 windows, had they stayed together
+    assert not torch.equal(starts, stream.pieces(2, 0, 8, slice(None), 8, 10)[0][:, 0])
+
+
 def test_batch_is_pure_and_rows_agree_with_any_partition():
     stream = TokenStream(np.arange(1000), 8)
     x, y = stream.batch(seed=1, step=5, batch_size=12, rows=slice(None))

@@ -19,7 +19,7 @@ from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.runs.run import of_length
 from nanogpt_hf.training import muon as muon_module
 from nanogpt_hf.training.muon import Layout, Muon, orthogonalize
-from nanogpt_hf.training.objectives import LanguageModeling
+from nanogpt_hf.training.objectives import LanguageModeling, ShortWindows
 from nanogpt_hf.training.optimization import (
     learning_rates,
     make_capturable,
@@ -38,10 +38,11 @@ def make():
     return NanoGPTForCausalLM(NanoGPTConfig(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields))
 
 
-def language_modeling(accelerator=None, batch_size=4):
+def language_modeling(accelerator=None, batch_size=4, short=None):
     ids = torch.randint(0, 50, (2000,), generator=torch.Generator().manual_seed(2)).numpy()
     accelerator = accelerator or Accelerator(cpu=True)
-    return LanguageModeling(accelerator, TokenStream(ids, 16, accelerator.device), batch_size, 1337)
+    stream = TokenStream(ids, 16, accelerator.device)
+    return LanguageModeling(accelerator, stream, batch_size, 1337, short=short)
 
 
 def ragged_batch(rows):
@@ -345,21 +346,24 @@ def tiny_run(tmp_path, *words):
     )
 
 
-def stepper(settings, model=None):
+def stepper(settings, model=None, short=None):
     accelerator = Accelerator(cpu=True)
     model = model or make()
     optimizers = make_optimizers(model, settings)
-    return Stepper(
-        accelerator, settings, model, optimizers, language_modeling(accelerator), make_schedule(settings)
-    ), model
+    objective = language_modeling(accelerator, short=short)
+    return Stepper(accelerator, settings, model, optimizers, objective, make_schedule(settings)), model
 
 
 def test_a_compiled_block_takes_the_steps_of_an_eager_one_and_is_eager_again_in_the_end(tmp_path):
-    compiled, model = stepper(tiny_run(tmp_path, "--torch_compile", "--torch_compile_backend", "aot_eager"))
-    eager, other = stepper(tiny_run(tmp_path, "--torch_compile", "false"))
+    """Windows of two lengths are compiled before the first step."""
+    words, short = ("--torch_compile", "--torch_compile_backend", "aot_eager"), ShortWindows(4, 2)
+    torch._dynamo.reset()
+    compiled, model = stepper(tiny_run(tmp_path, *words), short=short)
+    eager, other = stepper(tiny_run(tmp_path, "--torch_compile", "false"), short=short)
     assert all(block._compiled_call_impl is not None for block in model.transformer.h)
-    for step in range(3):
-        torch.testing.assert_close(compiled(step), eager(step), rtol=1e-5, atol=1e-6)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(4):
+            torch.testing.assert_close(compiled(step), eager(step), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(list(model.parameters()), list(other.parameters()), rtol=1e-4, atol=1e-5)
     compiled.release()
     assert all(block._compiled_call_impl is None for block in model.transformer.h)
@@ -370,7 +374,7 @@ def test_a_compiled_block_takes_the_steps_of_an_eager_one_and_is_eager_again_in_
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_a_recorded_step_is_the_step_itself(architecture, optim, micro_batches, own_accelerate_state):
-    """Dropout included: a replay draws the random numbers of its own step."""
+    """Dropout included: a replay draws the random numbers of its own step. Longer windows are recorded anew."""
     results = []
     for steps_before_capture in (3, -1):
         torch.manual_seed(0)
@@ -390,11 +394,13 @@ def test_a_recorded_step_is_the_step_itself(architecture, optim, micro_batches, 
             settings,
             model,
             [o.optimizer for o in optimizers],
-            language_modeling(accelerator, 8 * micro_batches),
+            language_modeling(accelerator, 8 * micro_batches, ShortWindows(8, 5)),
             lambda step: 1 / (step + 1),
         )
         take_step.steps_before_capture = steps_before_capture
-        losses = [take_step(step)[0].item() for step in range(10)]
+        losses = [take_step(step)[0].item() for step in range(5)]
+        assert (take_step.graph is not None) == (steps_before_capture == 3)
+        losses += [take_step(step)[0].item() for step in range(5, 10)]
         assert (take_step.graph is not None) == (steps_before_capture == 3)
         results.append((losses, [p.detach().cpu() for p in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

@@ -145,11 +145,18 @@ def test_what_a_run_of_a_gpu_and_a_tracker_says_of_itself(tmp_path, monkeypatch,
         "1",
         "--dropout",
         "0.1",
+        "--short_positions",
+        "4",
+        "--short_steps",
+        "0.5",
     )
     rows = [row for row in metrics(folder) if "tokens_per_s" in row]
     model = AutoModelForCausalLM.from_pretrained(folder)
+    half = rows[-1]["step"] / 2
+    assert rows[0]["step"] <= half
     for row in rows:
-        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops_per_token(model, 16, passes=2) / 1e9)
+        flops = flops_per_token(model, 4 if row["step"] <= half else 16, passes=2)
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops / 1e9)
     (shown,) = re.findall(r"^tensorboard tensorboard --logdir (.*)$", capsys.readouterr().out, re.M)
     assert shown == str(folder / "trackers") and [*Path(shown).rglob("events.out.*")]
     settings = parse(

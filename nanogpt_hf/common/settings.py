@@ -194,6 +194,14 @@ class ModelSettings(BaseSettings):
     head_dim: int | None = setting(None, "size of a head; default: n_embd / n_head", ge=1)
     n_embd: int | None = setting(None, "width, in channels", ge=1)
     n_inner: int | None = setting(None, "width of the MLP's hidden layer", ge=1)
+    short_positions: int | None = setting(
+        None,
+        "sequence-length warm-up: the first steps' windows are cut into pieces of so many tokens (it divides n_positions)",
+        ge=1,
+    )
+    short_steps: float = setting(
+        0.5, "how many steps these are; less than 1: this part of the run; 0: none", ge=0
+    )
     rdrop_alpha: float = setting(
         0.0,
         "R-Drop: read each window twice, with other dropout, and draw the two predictions together by this much; for "
@@ -388,7 +396,7 @@ class TrainingSettings(RunSettings, ModelSettings, TokenizerSettings):
         "alone says how long)",
     )
 
-    BEFORE: ClassVar[dict[str, Any]] = RunSettings.BEFORE | {"rdrop_alpha": 0.0}
+    BEFORE: ClassVar[dict[str, Any]] = RunSettings.BEFORE | {"rdrop_alpha": 0.0, "short_positions": None}
 
     def folder(self) -> str:
         return self.output_dir or default_folder(self.corpus, self.tokenizer)

@@ -115,9 +115,9 @@ class TokenStream:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _blocks(self, starts: np.ndarray) -> torch.Tensor:
+    def _blocks(self, starts: np.ndarray, block_size: int | None = None) -> torch.Tensor:
         """The T + 1 ids from each start, B T+1, on the device; any id stands for what is past the end."""
-        length = self.block_size + 1
+        length = (block_size or self.block_size) + 1
         if isinstance(self.ids, torch.Tensor):
             # Starts alone travel: so few bytes are copied without waiting for what the device has yet to do.
             index = torch.from_numpy(starts).to(self.device, non_blocking=True)[:, None]
@@ -147,6 +147,24 @@ class TokenStream:
         """
         numbers = step * batch_size + np.arange(batch_size)[rows]
         block = self._blocks(self.starts(seed, numbers))
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+    def pieces(
+        self, seed: int, step: int, batch_size: int, rows: slice, length: int, steps: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `batch`, of the first `steps` steps, whose windows are cut into pieces that are shuffled together.
+
+        So these steps read what they would read whole, each token as often. Inputs and their next tokens, each B*T/length
+        length.
+
+        Args:
+            length: of a piece; divides T.
+        """
+        each = self.block_size // length
+        numbers = (step * batch_size + np.arange(batch_size)[rows])[:, None] * each + np.arange(each)
+        places = permute(numbers.ravel(), steps * batch_size * each, mix(~mix(np.uint64(seed))))
+        windows, parts = np.divmod(places, np.uint64(each))
+        block = self._blocks(self.starts(seed, windows) + parts.astype(np.int64) * length, length)
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
     def windows(self, stride: int | None = None) -> int:

@@ -23,7 +23,17 @@ from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
 from .budget import dropout_of, planned_tokens
 from .command_line import SHAPE, earlier
-from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start, tokens_asked
+from .run import (
+    describe,
+    finish,
+    language_modeling,
+    make_ready,
+    resolve,
+    settle_length,
+    short_windows,
+    start,
+    tokens_asked,
+)
 from .showing import Showing
 
 PART_THAT_HELPED = 0.75  # of a run; a model that is best later may be so by chance
@@ -49,6 +59,7 @@ def pretrain(settings: TrainingSettings) -> Progress:
     lines += words
     objective = language_modeling(accelerator, settings, corpus, tokenizer, alpha)
     settings = settle_length(accelerator, settings, model, objective)
+    objective.short = short_windows(settings)
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
     with alone_in(accelerator, Path(settings.folder())):

@@ -31,7 +31,7 @@ from ..training.checkpoints import Progress
 from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
 from ..training.lora import adapter_size
-from ..training.objectives import LanguageModeling, Objective, RDrop
+from ..training.objectives import LanguageModeling, Objective, RDrop, ShortWindows
 from ..training.reporting import check_trackers, evaluated_at, loss_unit, read_metrics, say
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
@@ -135,11 +135,12 @@ def tokens_asked(
 
 
 def of_length(settings: R, steps: int) -> R:
-    """The settings of a run of so many steps, with its warm-up in steps."""
+    """The settings of a run of so many steps, with its warm-ups in steps."""
     steps = max(1, steps)
-    return replace(
-        settings, max_steps=steps, warmup_steps=min(part_of(steps, settings.warmup_steps), steps // 2)
-    )
+    changes = {"max_steps": steps, "warmup_steps": min(part_of(steps, settings.warmup_steps), steps // 2)}
+    if getattr(settings, "short_positions", None):
+        changes["short_steps"] = min(part_of(steps, settings.short_steps), steps)
+    return replace(settings, **changes)
 
 
 def part_of(steps: int, asked: float) -> int:
@@ -198,7 +199,25 @@ def language_modeling(
         seed=settings.seed,
         eval_batch_size=settings.per_device_eval_batch_size,
         characters=corpus.characters("validation"),
+        short=short_windows(settings),
     )
+
+
+def short_windows(settings: RunSettings) -> ShortWindows:
+    """What resolved settings say of them: none before the number of steps is known.
+
+    Raises:
+        UserError: they do not divide the context.
+    """
+    length = getattr(settings, "short_positions", None)
+    if not length or settings.max_steps is None or not settings.short_steps:
+        return ShortWindows()
+    if settings.n_positions % length:
+        raise UserError(
+            f"--short_positions is {length}, which does not divide the context of {settings.n_positions}: give a divisor of "
+            "it, or --short_steps 0."
+        )
+    return ShortWindows(length, int(settings.short_steps))
 
 
 def describe(
@@ -248,6 +267,7 @@ def describe(
         *lines,
         f"training   {settings.max_steps:,} steps of {global_batch_size(settings, accelerator)} x {settings.n_positions} tokens"
         f"{f', {passes:.3g} times the text' if passes else ''}"
+        f"{f', the first {objective.short.steps:,} in pieces of {objective.short.length}' if objective.short.steps else ''}"
         f"{f', dropout {most}' if most else ''}; validation every {settings.eval_steps}",
         *([f"warning: {AGAIN_AND_AGAIN.format(command('finetune_lora'))}"] if passes > MANY_PASSES else []),
         f"optimiser  {rate}, warm-up {settings.warmup_steps} steps, then {settings.lr_scheduler_type}",

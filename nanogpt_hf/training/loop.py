@@ -55,7 +55,10 @@ def train(
     progress, checkpoint = find_start(accelerator, settings, identity)
     repair = find_repair(folder, checkpoint, progress) if checkpoint is not None else None
 
-    flops = flops_per_token(model, settings.n_positions, objective.passes)
+    flops, short_flops = (
+        flops_per_token(model, context, objective.passes)
+        for context in (settings.n_positions, objective.short.length)
+    )
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, settings))
     optimizers = [optimizer.optimizer for optimizer in optimizers] if not settings.fp16 else optimizers
     if checkpoint is not None:
@@ -67,7 +70,13 @@ def train(
         say(accelerator, *open_run_folder(settings, corpus, tokenizer, identity, progress, checkpoint))
     accelerator.wait_for_everyone()
     take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor)
-    log = RunLog(accelerator, settings, objective.tokens_per_step, progress, flops)
+    log = RunLog(
+        accelerator,
+        settings,
+        objective.tokens_per_step,
+        progress,
+        lambda step: short_flops if step <= objective.short.steps else flops,
+    )
     if repair is not None and accelerator.is_main_process:
         say(accelerator, *repair_best(repair, progress, folder, show))
 

@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, C channels, V vocabulary.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,14 @@ from ..data.token_stream import TokenStream
 from .evaluation import SplitLoss, evaluate_split
 from .fused_loss import linear_cross_entropy
 
-Batch = tuple[torch.Tensor, ...]  # of shapes that do not change from step to step
+Batch = tuple[torch.Tensor, ...]  # of shapes that change with the last of the short windows alone
+
+
+class ShortWindows(NamedTuple):
+    """The windows of a run's first steps: how long each is, in tokens, and how many steps have them."""
+
+    length: int = 0
+    steps: int = 0
 
 
 class Evaluation(Protocol):
@@ -45,11 +52,13 @@ class Objective(Protocol):
         tokens_per_step: tokens that a whole global batch is given to read.
         same_count: the loss counts as many tokens in every process, so that none has to ask the others.
         passes: how often a step reads each of these tokens.
+        short: the first steps' windows, where they are shorter.
     """
 
     tokens_per_step: int
     same_count: bool = False
     passes: int = 1
+    short: ShortWindows = ShortWindows()
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:
         """Some rows of the global batch of a step (counted from 0), on the device: a pure function of both."""
@@ -77,11 +86,12 @@ class LanguageModeling(Objective):
 
     Args:
         train: the training split's tokens, in windows of T.
-        batch_size: sequences of the global batch.
+        batch_size: sequences of T tokens of the global batch.
         seed: decides the order of the windows.
         validation: the validation split's tokens; without them there is no evaluation.
         characters: that the validation split spells.
         eval_batch_size: sequences that a process evaluates at once.
+        short: windows of the first steps, which take as many tokens: sequence-length warm-up (Li et al. 2022).
     """
 
     same_count = True  # whole windows
@@ -95,13 +105,17 @@ class LanguageModeling(Objective):
         validation: TokenStream | None = None,
         characters: int = 0,
         eval_batch_size: int = 64,
+        short: ShortWindows | None = None,
     ):
         self.accelerator, self.train, self.validation = accelerator, train, validation
         self.batch_size, self.seed = batch_size, seed
         self.eval_batch_size, self.characters = eval_batch_size, characters
+        self.short = short or ShortWindows()
         self.tokens_per_step = batch_size * train.block_size
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:
+        if step < self.short.steps:
+            return self.train.pieces(self.seed, step, self.batch_size, rows, *self.short)
         return self.train.batch(self.seed, step, self.batch_size, rows)
 
     def count(self, batch: Batch) -> torch.Tensor:

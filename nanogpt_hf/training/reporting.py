@@ -176,7 +176,7 @@ class RunLog:
 
     Args:
         progress: where the run goes on; later lines of metrics.jsonl are dropped, to be written again.
-        flops_per_token: of forward and backward, for the share of the GPUs' peak (MFU) where both are known.
+        flops_per_token: of forward and backward up to a step, for the share of the GPUs' peak (MFU) where both are known.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class RunLog:
         settings: RunSettings,
         tokens_per_step: int,
         progress: Progress,
-        flops_per_token: float | None = None,
+        flops_per_token: Callable[[int], float | None] = lambda step: None,
     ):
         self.accelerator, self.settings, self.tokens_per_step = accelerator, settings, tokens_per_step
         self.path = Path(settings.folder()) / "metrics.jsonl"
@@ -200,7 +200,7 @@ class RunLog:
         self.bar = ProgressBar(
             settings.max_steps, progress.step, settings.eval_steps, shown=accelerator.is_main_process
         )
-        self.flops_per_token = flops_per_token if accelerator.mixed_precision != "no" else None
+        self.flops_per_token = flops_per_token
         self.trackers = bool(settings.report_to)
         if self.trackers:
             config = {k: v for k, v in public_values(settings).items() if isinstance(v, (int, float, str))}
@@ -257,14 +257,14 @@ class RunLog:
             "train_loss": loss,
             **({"grad_norm": grad_norm / self.accelerator.num_processes} if math.isfinite(grad_norm) else {}),
             "tokens_per_s": tokens_per_s,
-            **self._utilization(tokens_per_s),
+            **self._utilization(tokens_per_s, self.flops_per_token(step)),
         }
 
-    def _utilization(self, tokens_per_s: float) -> dict[str, float]:
+    def _utilization(self, tokens_per_s: float, flops_per_token: float | None) -> dict[str, float]:
         peak = peak_of(self.accelerator.device)
-        if peak is None or self.flops_per_token is None:
+        if peak is None or flops_per_token is None or self.accelerator.mixed_precision == "no":
             return {}
-        return {"mfu": tokens_per_s * self.flops_per_token / (peak * self.accelerator.num_processes)}
+        return {"mfu": tokens_per_s * flops_per_token / (peak * self.accelerator.num_processes)}
 
     def write(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl, and the same for the bar and the trackers."""

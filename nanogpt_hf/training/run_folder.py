@@ -67,6 +67,8 @@ def identity_of(
         "optim": settings.optim,
         "seed": settings.seed,
         "tokens_per_step": tokens_per_step,
+        "short_positions": (short := getattr(settings, "short_positions", None)),
+        "short_steps": settings.short_steps if short else None,
         "document_end": settings.document_end and without_home(settings.document_end),
         **adaptation,
         **base,

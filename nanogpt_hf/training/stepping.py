@@ -92,6 +92,8 @@ class Stepper:
 
     def _captured(self, batches: Sequence[Batch]) -> bool:
         """Whether the step is recorded as a graph, which it is once enough ordinary steps have been taken."""
+        if self.graph is not None and not self.graph.fits(batches):  # the last of the short windows are read
+            self.graph, self.steps_before_capture = None, STEPS_BEFORE_CAPTURE
         if self.steps_before_capture == 0 and len(batches) <= MOST_TO_CAPTURE:
             with fastest_attention(self.accelerator.device):
                 self._capture(batches)
@@ -116,11 +118,12 @@ class Stepper:
         if not (self.accelerator.device.type == "cuda" if wanted is None else wanted):
             return
         self.compiled = blocks_of(self.accelerator.unwrap_model(self.model))
-        batch = self.objective.batch(0, self.rows[: self.micro_batch])
         try:
             for block in self.compiled:
-                block.compile(backend=self.settings.torch_compile_backend)
-            accumulate_gradients(self.accelerator, self.model, self.objective, [batch])
+                block.compile(backend=self.settings.torch_compile_backend, dynamic=False)
+            for step in sorted({0, self.objective.short.steps}):  # one of each shape
+                batch = self.objective.batch(step, self.rows[: self.micro_batch])
+                accumulate_gradients(self.accelerator, self.model, self.objective, [batch])
         except Exception as error:
             if not should_reduce_batch_size(error):  # the first step will meet that again, and answers it
                 self.release()
@@ -169,6 +172,10 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.results = step(self.batches)
+
+    def fits(self, batches: Sequence[Batch]) -> bool:
+        """Whether these are of the shapes that were recorded."""
+        return [part.shape for part in chain(*self.batches)] == [part.shape for part in chain(*batches)]
 
     def replay(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         for mine, given in zip(chain(*self.batches), chain(*batches), strict=True):
