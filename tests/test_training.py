@@ -320,9 +320,9 @@ def steps_taken(optim, prepare=lambda optimizers: None):
     """The weights after three steps with rates that change."""
     model = make()
     optimizers = make_optimizers(model, TrainingSettings(optim=optim, weight_decay=0.3, bf16=False))
-    prepare(optimizers)
     x, y = ragged_batch(8)
     for factor in (0.5, 1.0, 0.25):
+        prepare(optimizers)  # again, as for steps that are recorded anew
         set_learning_rates(optimizers, factor)
         accumulate_gradients(Accelerator(cpu=True), model, language_modeling(), [(x, y)])
         for optimizer in optimizers:

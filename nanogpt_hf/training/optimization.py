@@ -116,4 +116,4 @@ def make_capturable(optimizers: Iterable[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["capturable"] = True
-            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+            group["lr"] = torch.as_tensor(group["lr"], device=group["params"][0].device)
