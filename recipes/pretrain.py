@@ -11,13 +11,14 @@
 --corpus is a folder of shards, made by prepare_corpus.py, whose tokenizer is then the default; or any text that the
 other recipes take. The length is --train_tokens, --max_steps, --num_train_epochs or --max_minutes; without any, 20 tokens a
 parameter, but no text more than four times. The learning rates come down to zero at its end, and the batch is the
-one that takes the least time for that length (runs/budget.py), on however many devices.
+one that takes the least time for that length (runs/budget.py), on however many devices. On a GPU the first half of the
+steps reads its windows in pieces of an eighth of the context (--short_steps 0: none).
 
 nanoGPT's settings for GPT-2 (--gradient_accumulation_steps is for one device):
 
     accelerate launch recipes/pretrain.py --corpus data/openwebtext --architecture gpt2 --optim adamw --learning_rate 6e-4 \\
         --vector_learning_rate 6e-4 --lr_scheduler_type cosine_with_min_lr --warmup_steps 2000 --max_steps 600000 \\
-        --per_device_train_batch_size 32 --gradient_accumulation_steps 16
+        --short_steps 0 --per_device_train_batch_size 32 --gradient_accumulation_steps 16
 """
 
 import os
