@@ -30,9 +30,10 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.settings import setting
+from nanogpt_hf.common.fields import setting
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.data.corpora import load_corpus
 from nanogpt_hf.generation.decoding import StaticDecoder
 from nanogpt_hf.generation.text import generate_ids

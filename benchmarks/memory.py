@@ -20,9 +20,11 @@ from accelerate.utils import set_seed
 
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
 from nanogpt_hf.analysis.planning import GIB, Layout, measure_size, step_memory
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.settings import TrainingSettings, setting
+from nanogpt_hf.common.fields import setting
+from nanogpt_hf.common.running import run_recipe
+from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.common.tables import table
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.training.hardware import make_accelerator

@@ -33,8 +33,8 @@ from accelerate.utils import set_seed
 from torch.distributed.fsdp import fully_shard
 
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
-from nanogpt_hf.common.cli import run_recipe
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.training import objectives, optimization, sharing_out, stepping

@@ -24,9 +24,10 @@ import tiktoken
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.errors import UserError
-from nanogpt_hf.common.settings import setting
+from nanogpt_hf.common.fields import setting
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.data.parallel_encoding import Unit, in_order, work, worker_pool
 from nanogpt_hf.data.preparation import tasks, units
 from nanogpt_hf.data.shards import width_of

@@ -8,9 +8,9 @@ accelerate launch -m nanogpt_hf pretrain_char
 import runpy
 import sys
 
-from .common.cli import run_recipe
 from .common.errors import UserError
 from .common.recipes import first_line_of, recipes
+from .common.running import run_recipe
 from .common.text import nearest
 
 

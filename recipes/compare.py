@@ -18,9 +18,10 @@ one more table, with the real stanzas as a row, and verse.html, where stresses, 
 import os
 from collections.abc import Sequence
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.comparison_settings import FILES, ComparisonSettings
 from nanogpt_hf.common.paths import check_folder, check_model_name, check_unused
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.data.sources import check_corpora
 
 

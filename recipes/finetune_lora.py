@@ -27,7 +27,7 @@ Russian; it was not tried here, for want of the Hub.
 from collections.abc import Mapping
 from typing import Any
 
-from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import FinetuningSettings
 from nanogpt_hf.data.named_corpora import DOCUMENT_ENDS
 from nanogpt_hf.runs.command_line import read_settings

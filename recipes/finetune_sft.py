@@ -10,7 +10,7 @@ chat template; a base without one gets ours, with the marks of the roles as new 
 side by side as they are. Dialogues of a corpus: recipes/make_dialogues.py.
 """
 
-from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.tuning_settings import CompletionSettings
 from nanogpt_hf.runs.command_line import read_settings
 

@@ -16,11 +16,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from nanogpt_hf.common.cli import parse, run_recipe, tell
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.fields import Settings, setting
 from nanogpt_hf.common.files import files_written_whole
 from nanogpt_hf.common.paths import check_model_name
-from nanogpt_hf.common.settings import Settings, setting
+from nanogpt_hf.common.running import run_recipe, tell
 from nanogpt_hf.data.sources import check_corpus
 from nanogpt_hf.verse.scansion import FORMS
 

@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt_hf.common.cli import parse, run_recipe, tell
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.fields import Settings, setting
 from nanogpt_hf.common.files import files_written_whole, written_if_possible
 from nanogpt_hf.common.paths import check_unused
 from nanogpt_hf.common.presets import find_preset
-from nanogpt_hf.common.settings import Settings, setting
+from nanogpt_hf.common.running import run_recipe, tell
 from nanogpt_hf.common.tables import table
 from nanogpt_hf.training.gpus import find_gpu
 

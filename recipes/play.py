@@ -10,10 +10,11 @@ machine alone; --server_name 0.0.0.0 opens it to everybody who can reach the mac
 
 from dataclasses import dataclass
 
-from nanogpt_hf.common.cli import Values, parse, run_recipe
+from nanogpt_hf.common.cli import Values, parse
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.fields import Settings, setting
 from nanogpt_hf.common.paths import check_model_name
-from nanogpt_hf.common.settings import Settings, setting
+from nanogpt_hf.common.running import run_recipe
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_hf.common.cli import parse, run_recipe, tell
+from nanogpt_hf.common.cli import parse
+from nanogpt_hf.common.fields import changed, setting
 from nanogpt_hf.common.paths import check_model_name
 from nanogpt_hf.common.recipes import command
-from nanogpt_hf.common.settings import TextSettings, changed, setting, short_name
+from nanogpt_hf.common.running import run_recipe, tell
+from nanogpt_hf.common.settings import TextSettings, short_name
 from nanogpt_hf.common.text import counted
 from nanogpt_hf.data.sources import check_corpora
 

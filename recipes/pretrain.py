@@ -25,8 +25,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from nanogpt_hf.common.cli import run_recipe
 from nanogpt_hf.common.presets import find_preset
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.runs.command_line import preset_here, read_settings
 

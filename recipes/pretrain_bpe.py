@@ -10,7 +10,8 @@ All but the defaults is as in pretrain_char.py. Losses in nats a token compare o
 recipes/compare.py puts all on one scale, bits per byte.
 """
 
-from nanogpt_hf.common.cli import by_preset, run_recipe
+from nanogpt_hf.common.cli import by_preset
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.runs.command_line import read_settings, size_here
 

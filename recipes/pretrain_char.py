@@ -8,7 +8,8 @@
 Without a GPU it takes the preset `cpu` (0.9M parameters, 2 to 6 minutes on 2 cores), with one `baby` (10.7M).
 """
 
-from nanogpt_hf.common.cli import by_preset, run_recipe
+from nanogpt_hf.common.cli import by_preset
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.runs.command_line import read_settings, size_here
 

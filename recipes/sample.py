@@ -14,10 +14,11 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanogpt_hf.common.cli import Values, parse, run_recipe, tell
+from nanogpt_hf.common.cli import Values, parse
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.fields import setting
 from nanogpt_hf.common.paths import check_model_name
-from nanogpt_hf.common.settings import setting
+from nanogpt_hf.common.running import run_recipe, tell
 from nanogpt_hf.common.text import counted, spelt_out
 from nanogpt_hf.generation.prompt_files import read_prompt, read_prompts, write_texts
 from nanogpt_hf.generation.sampling_settings import SamplingSettings

@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt_hf.common.cli import parse, run_recipe, tell
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.fields import Settings, setting
 from nanogpt_hf.common.paths import check_folder, check_model_name, check_repo_id
-from nanogpt_hf.common.settings import Format, Settings, setting
+from nanogpt_hf.common.running import run_recipe, tell
+from nanogpt_hf.common.settings import Format
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nanogpt_hf.common.cli import parse, run_recipe, tell
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.fields import changed, setting
 from nanogpt_hf.common.files import files_written_whole
-from nanogpt_hf.common.settings import TextSettings, as_file_name, changed, setting, short_name
+from nanogpt_hf.common.running import run_recipe, tell
+from nanogpt_hf.common.settings import TextSettings, as_file_name, short_name
 from nanogpt_hf.data.sources import check_corpora
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@
 A row holds prompt, chosen and rejected. Pairs that the scanner has judged: recipes/make_dialogues.py --kind verse_pairs.
 """
 
-from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.tuning_settings import PreferenceSettings
 from nanogpt_hf.runs.command_line import read_settings
 

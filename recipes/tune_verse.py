@@ -13,7 +13,7 @@ GPU the batches are small, and there are no drills. It needs the extra verse.
 from collections.abc import Mapping
 from typing import Any
 
-from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.tuning_settings import RewardSettings
 from nanogpt_hf.runs.command_line import preset_here, read_settings
 

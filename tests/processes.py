@@ -30,7 +30,8 @@ from tqdm import tqdm
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.corpora import load_corpus
 from nanogpt_hf.runs.pretraining import find_rdrop, make_model, make_tokenizer, settle_dropout

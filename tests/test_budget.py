@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nanogpt_hf
 from nanogpt_hf import NanoGPTForCausalLM, preset_config
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.token_stream import TokenStream
 from nanogpt_hf.runs import run as runs

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import OffloadPolicy
 from transformers import AutoModelForCausalLM
 
 from nanogpt_hf import NanoGPTForCausalLM
-from nanogpt_hf.common.cli import run_recipe
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.training import hardware
 from nanogpt_hf.training.hardware import (
     asks_for_checkpointing,

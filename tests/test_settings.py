@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_hf.common.cli import parse, run_recipe
+from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import FinetuningSettings, TrainingSettings, default_folder, public_values
 from nanogpt_hf.common.tuning_settings import CompletionSettings
 from nanogpt_hf.generation.sampling_settings import SamplingSettings

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from nanogpt_hf import NanoGPTConfig, NanoGPTForCausalLM, preset_config
 from nanogpt_hf.analysis.report import in_words
-from nanogpt_hf.common.cli import run_recipe, tell
 from nanogpt_hf.common.errors import UserError
+from nanogpt_hf.common.running import run_recipe, tell
 from nanogpt_hf.common.text import first_line
 from nanogpt_hf.data.tokenization import (
     describe_tokens,

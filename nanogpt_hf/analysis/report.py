@@ -7,10 +7,10 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..common.cli import tell
 from ..common.comparison_settings import ComparisonSettings
 from ..common.errors import UserError
 from ..common.files import files_written_whole
+from ..common.running import tell
 from ..common.tables import table
 from ..common.text import printable
 from ..data.corpora import AnyCorpus, load_corpus

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from ..common.cli import tell
 from ..common.errors import UserError
+from ..common.running import tell
 from ..common.tables import table
 from ..common.text import first_line
 from ..training.reporting import OF_TOKENS, loss_unit, read_metrics

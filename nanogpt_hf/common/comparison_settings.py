@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import UserError
-from .settings import TextSettings, changed, setting
+from .fields import changed, setting
+from .settings import TextSettings
 
 FILES = ("results.md", "results.json", "surprisal.html", "verse.html")
 

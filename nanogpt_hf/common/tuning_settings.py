@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from .errors import UserError
+from .fields import Settings, changed, setting
 from .settings import (
     AdapterSettings,
     BaseSettings,
@@ -12,10 +13,7 @@ from .settings import (
     LengthSettings,
     OptimizerSettings,
     Schedule,
-    Settings,
-    changed,
     default_folder,
-    setting,
 )
 
 

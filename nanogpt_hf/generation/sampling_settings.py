@@ -4,7 +4,7 @@ import secrets
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from ..common.settings import Settings, setting
+from ..common.fields import Settings, setting
 
 SEEDS = 2**32
 

@@ -1,6 +1,6 @@
 """Signals and the clock, turned into decisions that every process takes at the same step.
 
-Before and after training, Ctrl-C is answered by common/first_seconds.py and common/cli.py.
+Before and after training, Ctrl-C is answered by common/first_seconds.py and common/running.py.
 """
 
 import os
