@@ -244,7 +244,7 @@ def test_train_tokenizer_shows_an_alphabet_of_controls(tmp_path, capsys):
 
 def test_a_table_holds_what_its_cells_say():
     rows = [{"model": f"runs/{CLEAR}a|b\nc", "loss": 1.0}]
-    split = {"corpus": CLEAR, "validation_characters": 3}
+    split = {"corpus": CLEAR, "part": "whole text", "validation_characters": 3}
     words = in_words(split, rows)
     assert not DRIVING.search(words)
     assert words.splitlines()[-1].replace(r"\|", "").count("|") == 3

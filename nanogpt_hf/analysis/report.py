@@ -80,6 +80,7 @@ def measure_models(settings: ComparisonSettings) -> None:
             "corpus": Path(corpus.name).name,  # without folders of this machine
             "source": corpus.source,
             "sha256": corpus.sha256,
+            "part": "validation split" if corpus.characters("train") else "whole text",
             "validation_characters": sum(map(len, corpus.validation)),
             "validation_bytes": sum(len(document.encode()) for document in corpus.validation),
         }
@@ -89,7 +90,7 @@ def measure_models(settings: ComparisonSettings) -> None:
         words = in_words(split, rows)
         tell("", words.rstrip("\n"))
         if settings.output_dir:
-            title = f"Surprisal in {split['corpus']}, validation text from character {start:,}"
+            title = f"Surprisal in {split['corpus']}, {split['part']}, from character {start:,}"
             pages = {"surprisal.html": surprisal_page(title, text[start:], panels)}
             if form:
                 shown = {row["model"]: row["samples"][:SHOWN] for row in rows}
@@ -130,7 +131,7 @@ def known_text(name: str, model: str, corpus: AnyCorpus) -> list[str]:
 
 def in_words(split: dict, rows: list[dict]) -> str:
     """The tables: of losses, and of verse or samples where there are any."""
-    title = f"{split['corpus']}, validation split of {split['validation_characters']:,} characters"
+    title = f"{split['corpus']}, {split['part']} of {split['validation_characters']:,} characters"
     tables = [table([row for row in rows if "loss" in row], COLUMNS)]
     if any("metre" in row for row in rows):
         tables.append(table(rows, VERSE_COLUMNS))
