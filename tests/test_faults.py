@@ -284,6 +284,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(corpus, undisturbed, tmp_path, 
         "go on with      the same command and --resume_from_checkpoint last",
     ]
     assert step_of(newest) < 30 and "Traceback" not in run.said()
+    assert ("stopping, with a checkpoint; Ctrl-C once more" in run.said()) == (number == signal.SIGINT)
     finished(training_words(folder, corpus, *WRITING_MUCH, *GO_ON))
     assert without_times(metrics(folder)) == without_times(metrics(undisturbed))
     assert digests(folder) == digests(undisturbed)
@@ -295,9 +296,12 @@ def test_a_second_signal_ends_it_at_once(corpus, tmp_path):
     run = Run(training_words(folder, corpus, *long_steps, "--logging_steps", "1", "--eval_on_start"))
     run.wait_for(folder / "model.safetensors")
     time.sleep(0.2)
-    run.signal(signal.SIGTERM)
     run.signal(signal.SIGINT)
-    assert run.wait() in (143, 130)
+    while "stopping, with a checkpoint" not in run.said():
+        assert run.process.is_alive()
+    run.signal(signal.SIGINT)
+    assert run.wait() == 130
+    assert run.said().endswith("\nended at once; what was saved before is whole\n")
     assert "stopped" not in run.said() and not list_checkpoints(folder / "checkpoints")
 
 

@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -66,9 +67,11 @@ class Interruption:
                 if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # the terminal, which is there no longer
                     nobody_reads(stream)
         elif self._noted:
+            _answer(number, "ended at once; what was saved before is whole")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         else:
+            _answer(number, "stopping, with a checkpoint; Ctrl-C once more ends at once, without")
             self._noted = number
 
     def agree(self, accelerator: Accelerator, elapsed_s: float) -> None:
@@ -82,3 +85,10 @@ class Interruption:
             asked = accelerator.gather(torch.tensor([flags], device=accelerator.device))
             flags = asked.amax(dim=0).tolist()
         self.signal, self.checkpoint, self.out_of_time = flags[0], bool(flags[1]), bool(flags[2])
+
+
+def _answer(number: int, words: str) -> None:
+    """Tell who pressed Ctrl-C that it was heard, which an evaluation would keep from showing for long."""
+    if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # nobody reads it
+            os.write(2, f"\n{words}\n".encode())
