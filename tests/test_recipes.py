@@ -243,8 +243,10 @@ def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(tmp_path, text, c
     assert "model      " in header and "training   40 steps" in header
     values = yaml.safe_load(settings)
     assert values["max_steps"] == 40 and values["warmup_steps"] <= 40 and values["tokenizer"] == "char"
-    assert not any(tmp_path.iterdir())
+    assert not any(tmp_path.iterdir()) and "NOTE: " not in said
     assert {path: path.stat().st_mtime_ns for path in text.parent.rglob("*")} == before
+    assert run("pretrain_char.py", "--corpus", text, "--output_dir", text.parent, *TINY, "--dry_run") == 0
+    assert f"NOTE: --output_dir {text.parent} is not empty: go on with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -276,10 +276,20 @@ def describe(
     if settings.dry_run:
         say(
             accelerator,
+            *refusals(settings),
             "",
             yaml.safe_dump(public_values(settings), sort_keys=False, allow_unicode=True).rstrip(),
         )
         raise SystemExit(0)
+
+
+def refusals(settings: RunSettings) -> list[str]:
+    """What the run itself, without --dry_run, would say of its folder."""
+    try:
+        check_usable(settings)
+    except UserError as error:
+        return [f"NOTE: {error}"]
+    return []
 
 
 def bits_words(rows: Sequence[Mapping], best: Mapping, corpus: AnyCorpus) -> list[str]:
