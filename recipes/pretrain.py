@@ -11,8 +11,9 @@
 --corpus is a folder of shards, made by prepare_corpus.py, whose tokenizer is then the default; or any text that the
 other recipes take. The length is --train_tokens, --max_steps, --num_train_epochs or --max_minutes; without any, 20 tokens a
 parameter, but no text more than four times. The learning rates come down to zero at its end, and the batch is the
-one that takes the least time for that length (runs/budget.py), on however many devices. On a GPU the first half of the
-steps reads its windows in pieces of an eighth of the context (--short_steps 0: none).
+one that takes the least time for that length (runs/budget.py), on however many devices. With every preset but cpu the
+first half of the steps reads its windows in pieces of an eighth of the context (--short_steps 0: none); that was measured
+in runs of up to 20 million tokens.
 
 nanoGPT's settings for GPT-2 (--gradient_accumulation_steps is for one device):
 
@@ -52,9 +53,9 @@ DEFAULTS = dict(
 # biases about as much from 0.01 as from 0.003.
 EXACTLY_GPT2 = dict(muon_learning_rate=0.03, vector_learning_rate=0.01)
 ON_A_CPU = dict(dropout=None, attn_implementation="eager", muon_learning_rate=0.03, learning_rate=0.02)
-SHORTER = (
-    8  # times the first windows are shorter than the context; a base has learned already what they are for
-)
+# The first windows are so many times shorter than the context (measured up to 20 million tokens), of so many tokens at
+# least. A base that goes on has learned already what they teach.
+SHORTER, SHORTEST = 8, 16
 SEQUENCES_AT_ONCE = {
     "cpu": 8,
     "gpt2-medium": 16,
@@ -97,8 +98,9 @@ def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
         chosen["train_tokens"] = tokens
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     block_size = said.get("n_positions") or size.n_positions
-    if block_size % SHORTER == 0 and not said.get("model_name_or_path"):
-        chosen["short_positions"] = block_size // SHORTER
+    shorter = block_size // SHORTER
+    if shorter * SHORTER == block_size and shorter >= SHORTEST and not said.get("model_name_or_path"):
+        chosen["short_positions"] = shorter
     sequences = budget.sequences_per_step(tokens, said.get("max_steps"), block_size, devices)
     each = said.get("per_device_train_batch_size") or min(at_once, max(1, sequences // devices))
     chosen["per_device_train_batch_size"] = each
@@ -110,7 +112,8 @@ def defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
 defaults.table = {  # type: ignore[attr-defined]
     "cpu": DEFAULTS | ON_A_CPU | {"max_steps": 2000, "muon_residual_scale": 1.0},
     "gpt2": DEFAULTS
-    | {"max_steps": "by the length", "learning_rate": 3e-3, "muon_residual_scale": residual_scale(12)},
+    | {"max_steps": "by the length", "learning_rate": 3e-3, "muon_residual_scale": residual_scale(12)}
+    | {"short_positions": "an eighth of n_positions"},
 }
 
 

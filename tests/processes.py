@@ -34,7 +34,7 @@ from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.corpora import load_corpus
-from nanogpt_hf.runs.pretraining import find_rdrop, make_model, make_tokenizer, settle_dropout
+from nanogpt_hf.runs.pretraining import find_rdrop, make_model, make_tokenizer, settle_dropout, short_windows
 from nanogpt_hf.runs.run import language_modeling, make_ready, resolve
 from nanogpt_hf.training.hardware import make_accelerator
 from nanogpt_hf.training.loop import train
@@ -82,6 +82,7 @@ def train_here(words: list[str], change_model=None, make_accelerator=make_accele
         change_model(model)
     alpha, _ = find_rdrop(settings, model)
     objective = language_modeling(accelerator, settings, corpus, tokenizer, alpha)
+    objective.short = short_windows(settings)
     return train(accelerator, settings, corpus, tokenizer, model, objective)
 
 

@@ -77,6 +77,7 @@ def test_the_first_windows_are_an_eighth_of_the_context_where_it_can_be_divided(
     assert settings_for().short_positions == 128
     assert settings_for("--n_positions", "512").short_positions == 64
     assert settings_for("--n_positions", "500").short_positions is None
+    assert settings_for("--n_positions", "64").short_positions is None  # in pieces of 8 it would learn little
     assert settings_for("--model_name_or_path", "a/base").short_positions is None
 
 

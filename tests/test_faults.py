@@ -348,13 +348,14 @@ def test_max_minutes(corpus, undisturbed, tmp_path):
 
 
 def fail_above(sequences: int):
-    """A model's memory ends where a batch has more sequences than that."""
+    """A model's memory ends where a batch has more sequences of the whole context than that."""
 
     held = []
 
     def hook(module, args, kwargs):
         assert not any(memory() is not None for memory in held), "what a failed try took was not given back"
-        if module.training and kwargs["input_ids"].shape[0] > sequences:
+        B, T = kwargs["input_ids"].shape
+        if module.training and B > sequences and T == module.config.n_positions:
             memory = torch.zeros(1)
             held.append(weakref.ref(memory))
             raise RuntimeError(
@@ -367,14 +368,20 @@ def fail_above(sequences: int):
 EXACT = "--dropout 0 --bf16 false --per_device_train_batch_size 12 --logging_steps 1 --max_steps 12".split()
 
 
-def test_out_of_memory_names_the_setting(corpus, tmp_path):
+@pytest.mark.parametrize("short", [[], ["--short_positions", "4"]])
+def test_out_of_memory_names_the_setting(corpus, tmp_path, short):
+    """Before the first step, also where the first windows are shorter and would fit."""
     with pytest.raises(ValueError, match="12 sequences at once: lower --per_device_train_batch_size"):
-        train_here(training_words(tmp_path / "run", corpus, *EXACT), change_model=fail_above(4))
+        train_here(training_words(tmp_path / "run", corpus, *EXACT, *short), change_model=fail_above(4))
+    rows = tmp_path / "run" / "metrics.jsonl"
+    assert not rows.exists() or not rows.read_text()
 
 
 @pytest.mark.parametrize("compiled", [[], ["--torch_compile", "--torch_compile_backend", "eager"]])
-def test_auto_find_batch_size_keeps_the_mathematics(corpus, tmp_path, compiled):
-    words = [training_words(tmp_path / name, corpus, *EXACT, "--auto_find_batch_size") for name in "ab"]
+@pytest.mark.parametrize("short", [[], ["--short_positions", "4"]])
+def test_auto_find_batch_size_keeps_the_mathematics(corpus, tmp_path, compiled, short):
+    same = (*EXACT, "--auto_find_batch_size", *short)
+    words = [training_words(tmp_path / name, corpus, *same) for name in "ab"]
     words[1] += compiled
     train_here(words[0])
     train_here(words[1], change_model=fail_above(4))

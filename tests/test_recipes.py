@@ -132,7 +132,9 @@ def test_a_failing_compiler_is_said_once_and_training_goes_on(text, tmp_path, ca
     assert capsys.readouterr().out.count("torch.compile failed") == 1
 
 
-def test_early_stopping_keeps_the_best_and_the_newest(text, tmp_path):
+@pytest.mark.parametrize("short", [0, 200])
+def test_early_stopping_keeps_the_best_and_the_newest(text, tmp_path, short):
+    """Evaluations before training has come to whole windows are not counted."""
     folder = tmp_path / "run"
     words = [
         "--early_stopping_patience",
@@ -143,6 +145,12 @@ def test_early_stopping_keeps_the_best_and_the_newest(text, tmp_path):
         "400",
         "--learning_rate",
         "0.3",
+        "--n_positions",
+        "16",
+        "--short_positions",
+        "4",
+        "--short_steps",
+        str(short),
     ]
     assert (
         run("pretrain_char.py", "--corpus", text, "--output_dir", folder, *TINY, *words, "--optim", "adamw")
@@ -151,7 +159,7 @@ def test_early_stopping_keeps_the_best_and_the_newest(text, tmp_path):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
     best_step, last_step = min(losses)[1], losses[-1][1]
-    assert last_step == best_step + 10 < 400
+    assert last_step == max(best_step, short) + 10 < 400
     assert (folder / "checkpoints" / f"step-{last_step}").is_dir()
 
 
@@ -300,10 +308,34 @@ def test_the_first_windows_may_be_shorter_if_they_divide_the_context(text, capsy
     assert ", the first 2 in pieces of 4;" in capsys.readouterr().out
     assert run("pretrain_char.py", *words, "--short_positions", "4", "--short_steps", "99") == 0
     assert ", the first 10 in pieces of 4;" in capsys.readouterr().out
-    assert run("pretrain_char.py", *words, "--short_positions", "5", "--short_steps", "0") == 0
-    assert "in pieces of" not in capsys.readouterr().out
+    for more in (["5", "--short_steps", "0"], ["16"], ["none"]):
+        assert run("pretrain_char.py", *words, "--short_positions", *more) == 0
+        said = capsys.readouterr().out
+        assert "in pieces of" not in said and "short_positions: null\nshort_steps: 0\n" in said
+    in_time = [*words, "--max_steps", "none", "--max_minutes", "1", "--short_positions", "4"]
+    assert run("pretrain_char.py", *in_time) == 0
+    assert " in pieces of 4, dropout" in capsys.readouterr().out
     assert run("pretrain_char.py", *words, "--short_positions", "5") == 2
     assert "--short_positions is 5, which does not divide the context of 16" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_before_its_first_whole_window_says_so(text, tmp_path, capsys):
+    words = [
+        "--corpus",
+        text,
+        "--output_dir",
+        tmp_path / "run",
+        *TINY,
+        "--max_steps",
+        "6",
+        "--n_positions",
+        "16",
+    ]
+    for steps, noted in (("6", True), ("5", False)):
+        more = ["--short_positions", "4", "--short_steps", steps, "--overwrite_output_dir"]
+        assert run("pretrain_char.py", *words, *more) == 0
+        said = "NOTE: the run has ended within its first 6 steps, in pieces of 4 tokens"
+        assert (said in capsys.readouterr().out) is noted
 
 
 def test_a_run_that_made_nothing_better_says_so(tmp_path, text, capsys):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from processes import (
 )
 
 from nanogpt_hf import pretrain
+from nanogpt_hf.common.files import MANIFEST
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.training.checkpoints import (
     list_checkpoints,
@@ -251,12 +253,31 @@ def short_run(corpus, tmp_path_factory):
         (("--seed", "1"), "seed was 1337 and is now 1"),
         (("--validation_split_percentage", "20"), "validation_split_percentage was 10 and is now 20"),
         (("--max_steps", "4"), "is at step 10, past --max_steps 4"),
+        (("--short_positions", "4"), "short_positions was None and is now 4"),
     ],
 )
 def test_what_is_not_the_same_run_is_refused_and_left_alone(corpus, short_run, changed, message):
     before = {path: path.read_bytes() for path in short_run.rglob("*") if path.is_file()}
     assert message in refusal(training_words(short_run, corpus, *changed, *GO_ON))
     assert {path: path.read_bytes() for path in short_run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("noted, steps", [(True, "3"), (False, "7")])
+def test_the_short_windows_of_a_run_stay_and_an_earlier_version_had_none(corpus, tmp_path, noted, steps):
+    words = training_words(tmp_path / "run", corpus, "--short_positions", "4", "--short_steps", "7")
+    train_here([*words, "--max_steps", "10"])
+    newest = tmp_path / "run" / "checkpoints" / "step-10"
+    if not noted:
+        values = json.loads((newest / "progress.json").read_text())
+        for name in ("short_positions", "short_steps"):
+            del values["identity"][name]
+        content = json.dumps(values).encode()
+        (newest / "progress.json").write_bytes(content)
+        manifest = json.loads((newest / MANIFEST).read_text())
+        manifest["progress.json"] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        (newest / MANIFEST).write_text(json.dumps(manifest))
+    said = refusal([*words, "--short_steps", steps, *GO_ON])
+    assert ("short_steps was 7 and is now 3" if noted else "short_positions was None and is now 4") in said
 
 
 def test_a_changed_corpus_is_refused(short_run, tmp_path):

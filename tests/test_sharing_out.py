@@ -54,6 +54,7 @@ def test_three_processes_make_of_weights_what_one_makes(tmp_path):
     processes = [start(work, rank, meeting, tmp_path) for rank in range(PROCESSES)]
     for process in processes:
         process.join(60)
+        process.kill()  # one that waits for ever would be waited for
     assert [process.exitcode for process in processes] == [0] * PROCESSES
     alone = three_steps(torch.clone)
     first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES))

@@ -14,6 +14,8 @@ from nanogpt_hf.data.token_stream import MappedIds, TokenStream, mix, permute
 @settings(max_examples=60, deadline=None)
 def test_permute_is_a_permutation(size, key):
     assert sorted(permute(np.arange(size), size, np.uint64(key))) == list(range(size))
+    with pytest.raises(ValueError, match="no place"):
+        permute(np.arange(size + 1), size, np.uint64(key))
 
 
 def test_numbers_are_mixed_as_splitmix64_mixes_them():
@@ -33,6 +35,8 @@ def test_the_order_of_a_seed_is_that_of_earlier_versions():
         1, np.arange(0, 257, 64)
     )  # 257: one more than 8 bits hold
     assert starts.tolist() == [731, 727, 1019, 963, 291]
+    pieces = TokenStream(np.arange(1000), 16).pieces(1337, 3, 4, slice(None), 4, 9)[0][:, 0]
+    assert pieces.tolist() == [59, 623, 187, 519, 423, 835, 919, 83, 215, 27, 39, 839, 847, 735, 191, 503]
     assert TokenStream(np.arange(13), 3).starts(2, np.arange(9)).tolist() == [5, 2, 8, 1, 4, 7, 2, 5, 8]
 
 

@@ -1,6 +1,6 @@
 """Token ids and the order in which training sees them.
 
-The batch of a step is a pure function of (seed, step, rows): nothing has to be stored to resume, and any
+The batch of a step is a pure function of (seed, step, rows), and of which steps are the short ones: nothing has to be stored to resume, and any
 number of processes that share a global batch see the same data in the same order.
 """
 
@@ -30,7 +30,12 @@ def permute(index: np.ndarray, size: int, key: np.ndarray, rounds: int = 6) -> n
 
     A Feistel network with cycle walking (Black and Rogaway 2002): every value is computed on its own, so an
     epoch of billions of windows needs no table.
+
+    Raises:
+        ValueError: an index is not below size, and so has no place.
     """
+    if np.any(np.asarray(index) >= size):
+        raise ValueError(f"no place in range({size}) for all of {index}")
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     result = np.array(index, dtype=np.uint64)
@@ -159,6 +164,7 @@ class TokenStream:
 
         Args:
             length: of a piece; divides T.
+            steps: more than `step`.
         """
         each = self.block_size // length
         numbers = (step * batch_size + np.arange(batch_size)[rows])[:, None] * each + np.arange(each)

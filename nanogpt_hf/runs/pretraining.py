@@ -18,25 +18,20 @@ from ..model.bases import local_checkpoint
 from ..model.loading import check_vocabulary, context_length, load_native, make_config, suppress_padding
 from ..training.checkpoints import Progress
 from ..training.loop import train
+from ..training.objectives import ShortWindows
 from ..training.reporting import say
 from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
 from .budget import dropout_of, planned_tokens
 from .command_line import SHAPE, earlier
-from .run import (
-    describe,
-    finish,
-    language_modeling,
-    make_ready,
-    resolve,
-    settle_length,
-    short_windows,
-    start,
-    tokens_asked,
-)
+from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start, tokens_asked
 from .showing import Showing
 
 PART_THAT_HELPED = 0.75  # of a run; a model that is best later may be so by chance
+NEVER_WHOLE = (
+    "NOTE: the run has ended within its first {1} steps, in pieces of {0} tokens: the model has not learned to use its "
+    "context of {2}."
+)
 LATER_STEPS_HURT = (
     "NOTE: validation got worse after step {}: fewer --max_steps or a higher --dropout may help."
 )
@@ -65,9 +60,16 @@ def pretrain(settings: TrainingSettings) -> Progress:
     with alone_in(accelerator, Path(settings.folder())):
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show)
         finish(accelerator, settings, corpus, progress, show)
-    if 0 < (progress.best_step or 0) < PART_THAT_HELPED * progress.step:
+    if progress.step <= objective.short.steps:
+        say(accelerator, NEVER_WHOLE.format(*objective.short, settings.n_positions))
+    elif 0 < (progress.best_step or 0) < PART_THAT_HELPED * progress.step:
         say(accelerator, LATER_STEPS_HURT.format(progress.best_step))
     return progress
+
+
+def short_windows(settings: TrainingSettings) -> ShortWindows:
+    """What settings of a known length say of them."""
+    return ShortWindows(settings.short_positions or 0, int(settings.short_steps))
 
 
 def make_tokenizer(settings: TrainingSettings, corpus: AnyCorpus) -> PreTrainedTokenizerFast:

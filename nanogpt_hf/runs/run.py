@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.files import delete, files_written_whole
 from ..common.recipes import command
-from ..common.settings import RunSettings, public_values
+from ..common.settings import RunSettings, TrainingSettings, public_values
 from ..common.text import counted
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.token_stream import TokenStream
@@ -31,7 +31,7 @@ from ..training.checkpoints import Progress
 from ..training.evaluation import validation_stream
 from ..training.hardware import asks_for_checkpointing, describe_device, make_accelerator
 from ..training.lora import adapter_size
-from ..training.objectives import LanguageModeling, Objective, RDrop, ShortWindows
+from ..training.objectives import LanguageModeling, Objective, RDrop
 from ..training.reporting import check_trackers, evaluated_at, loss_unit, read_metrics, say
 from ..training.stepping import global_batch_size
 from ..training.timing import steps_in_time
@@ -105,6 +105,11 @@ def resolve(
     T = settings.n_positions or context
     if T > context:
         raise UserError(f"--n_positions is {T}, more than the base's context of {context}.")
+    short = getattr(settings, "short_positions", None)
+    if short and settings.short_steps and T % short:
+        raise UserError(
+            f"--short_positions is {short}, which does not divide the context of {T}: give a divisor of it, or --short_steps 0."
+        )
     changes: dict[str, Any] = {"output_dir": settings.folder(), "n_positions": T}
     if hasattr(settings, "vocab_size"):
         changes["vocab_size"] = len(tokenizer)
@@ -138,8 +143,10 @@ def of_length(settings: R, steps: int) -> R:
     """The settings of a run of so many steps, with its warm-ups in steps."""
     steps = max(1, steps)
     changes = {"max_steps": steps, "warmup_steps": min(part_of(steps, settings.warmup_steps), steps // 2)}
-    if getattr(settings, "short_positions", None):
-        changes["short_steps"] = min(part_of(steps, settings.short_steps), steps)
+    if isinstance(settings, TrainingSettings):
+        short = settings.short_positions not in (None, settings.n_positions)
+        changes["short_steps"] = min(part_of(steps, settings.short_steps), steps) if short else 0
+        changes["short_positions"] = settings.short_positions if changes["short_steps"] else None
     return replace(settings, **changes)
 
 
@@ -199,25 +206,7 @@ def language_modeling(
         seed=settings.seed,
         eval_batch_size=settings.per_device_eval_batch_size,
         characters=corpus.characters("validation"),
-        short=short_windows(settings),
     )
-
-
-def short_windows(settings: RunSettings) -> ShortWindows:
-    """What resolved settings say of them: none before the number of steps is known.
-
-    Raises:
-        UserError: they do not divide the context.
-    """
-    length = getattr(settings, "short_positions", None)
-    if not length or settings.max_steps is None or not settings.short_steps:
-        return ShortWindows()
-    if settings.n_positions % length:
-        raise UserError(
-            f"--short_positions is {length}, which does not divide the context of {settings.n_positions}: give a divisor of "
-            "it, or --short_steps 0."
-        )
-    return ShortWindows(length, int(settings.short_steps))
 
 
 def describe(

@@ -176,6 +176,8 @@ def evaluate_and_note(
     if not math.isfinite(split.loss):
         raise UserError(not_finite("validation loss", progress.step, settings.output_dir))
     note_evaluation(progress, split.loss)
+    if progress.step <= objective.short.steps:  # it reads windows that training has not shown yet
+        progress.evaluations_since_best = 0
     return {"eval_loss": split.loss, "eval_bits_per_char": split.bits_per_char, **split.more}
 
 

@@ -31,6 +31,7 @@ SHAPE = (
     "architecture norm positions qk_norm mlp bias n_layer n_head n_embd n_inner n_positions vocab_size rope_theta "
     "layer_norm_epsilon activation_function"
 ).split()
+NONE_BEFORE = ("validation_text", "short_positions")  # of runs of earlier versions, which did not note them
 ADAPTATION = (  # settings of a fine-tuning that decide what trains
     "n_positions full lora_r lora_alpha lora_dropout target_modules use_dora use_rslora extend_vocabulary"
 ).split()
@@ -91,11 +92,11 @@ def find_start(
     with readable(folder):
         checkpoint = find_checkpoint(accelerator, settings.resume_from_checkpoint, folder, used)
     progress = read_progress(checkpoint)
-    # What an earlier version did not note is not known to be another; but of the text it held out, None is what it had.
+    # What an earlier version did not note is not known to be another.
     changed = [
         _difference(key, progress.identity.get(key), value)
         for key, value in identity.items()
-        if progress.identity.get(key, None if key == "validation_text" else value) != value
+        if progress.identity.get(key, None if key in NONE_BEFORE else value) != value
     ]
     if changed:
         raise UserError(

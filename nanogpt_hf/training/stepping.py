@@ -60,7 +60,7 @@ class Stepper:
         self.steps_before_capture = STEPS_BEFORE_CAPTURE if self._may_capture() else -1
         prefetch_blocks(model, blocks_of(accelerator.unwrap_model(model)))
         with fastest_attention(accelerator.device):
-            self._compile()
+            self._get_ready()
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's part of the loss in nats per token, and the norm of the gradient; both on the device.
@@ -109,29 +109,42 @@ class Stepper:
         self.model.zero_grad()
         return grad_norm
 
-    def _compile(self) -> None:
-        """Compile the blocks in place; where compiling fails, say so once and stay eager.
+    def _get_ready(self) -> None:
+        """Compile the blocks in place, for windows of each length; the longest are tried first, which take most memory.
 
         All blocks share what is compiled for the first one, so that it takes a fraction of the whole model's time.
         """
         wanted = self.settings.torch_compile
-        if not (self.accelerator.device.type == "cuda" if wanted is None else wanted):
-            return
-        self.compiled = blocks_of(self.accelerator.unwrap_model(self.model))
+        if self.accelerator.device.type == "cuda" if wanted is None else wanted:
+            self.compiled = blocks_of(self.accelerator.unwrap_model(self.model))
         try:
             for block in self.compiled:
                 block.compile(backend=self.settings.torch_compile_backend, dynamic=False)
-            for step in sorted({0, self.objective.short.steps}):  # one of each shape
-                batch = self.objective.batch(step, self.rows[: self.micro_batch])
-                accumulate_gradients(self.accelerator, self.model, self.objective, [batch])
-        except Exception as error:
-            if not should_reduce_batch_size(error):  # the first step will meet that again, and answers it
-                self.release()
-                say(
-                    self.accelerator,
-                    f"torch.compile failed ({first_line(error)}): training goes on without it",
-                )
+        except Exception as error:  # a backend that is not there
+            self._stay_eager(error)
+        for step in sorted({0, self.objective.short.steps}, reverse=True):
+            while (step > 0 or self.compiled) and not self._fits(step):
+                self.micro_batch = smaller_batch(self.accelerator, self.settings, self.micro_batch)
+            self.model.zero_grad()
+
+    def _fits(self, step: int) -> bool:
+        """Whether there is memory for a step's micro-batch. Where compiling fails, it says so once and stays eager."""
         self.model.zero_grad()
+        try:
+            batch = self.objective.batch(step, self.rows[: self.micro_batch])
+            accumulate_gradients(self.accelerator, self.model, self.objective, [batch])
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                return False
+            if not self.compiled:
+                raise
+            self._stay_eager(error)
+        return True
+
+    def _stay_eager(self, error: Exception) -> None:
+        self.release()
+        self.compiled = []
+        say(self.accelerator, f"torch.compile failed ({first_line(error)}): training goes on without it")
 
     def release(self) -> None:
         """Give the graph's memory back, and let the model be called eagerly again."""
