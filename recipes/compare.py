@@ -1,4 +1,4 @@
-"""Compare models on the whole validation split of a corpus, in units that do not depend on the tokenizer; or all runs.
+"""Compare models on what is held out of a corpus, or all of it, in units that do not depend on the tokenizer; or all runs.
 
     python recipes/compare.py runs/*                                          # what the runs have recorded
     python recipes/compare.py --model runs/tiny_shakespeare-char runs/tiny_shakespeare-bpe

@@ -392,6 +392,26 @@ def test_auto_find_batch_size_keeps_the_mathematics(corpus, tmp_path, compiled, 
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("words", [["--short_steps", "12"], ["--max_steps", "5"]])
+def test_windows_that_a_run_never_reads_need_no_memory(corpus, tmp_path, words):
+    words = training_words(
+        tmp_path / "run", corpus, *EXACT, "--short_positions", "4", "--short_steps", "9", *words
+    )
+    train_here(words, change_model=fail_above(4))
+
+
+def test_memory_is_tried_in_the_mode_that_training_has(corpus, tmp_path):
+    """Of a base, which comes in the other one, where checkpointing does nothing."""
+    modes = []
+
+    def change(model):
+        model.eval().register_forward_pre_hook(lambda module, args: modes.append(module.training))
+
+    words = training_words(tmp_path / "run", corpus, *EXACT, "--short_positions", "4", "--max_steps", "2")
+    train_here(words, change_model=change)
+    assert modes[0]
+
+
 def limit_memory(spare: int) -> None:
     """This process gets so many bytes more and then none."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -127,7 +127,9 @@ class ModelSettings(BaseSettings):
         ge=1,
     )
     short_steps: float = setting(
-        0.5, "how many steps these are; less than 1: this part of the run; 0: none", ge=0
+        0.5,
+        "how many steps these are; less than 1: this part of the run; 0: none; early stopping counts from their end",
+        ge=0,
     )
     rdrop_alpha: float = setting(
         0.0,

@@ -1,7 +1,7 @@
 """Token ids and the order in which training sees them.
 
-The batch of a step is a pure function of (seed, step, rows), and of which steps are the short ones: nothing has to be stored to resume, and any
-number of processes that share a global batch see the same data in the same order.
+The batch of a step is a pure function of (seed, step, rows), and of how many steps have short windows: nothing has to
+be stored to resume, and any number of processes that share a global batch see the same data in the same order.
 """
 
 from collections.abc import Sequence

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from ..common.errors import UserError
 from ..common.presets import find_preset
 from ..common.settings import TrainingSettings
+from ..common.text import counted
 from ..data.corpora import AnyCorpus
 from ..model import NanoGPTForCausalLM
 from ..model.bases import local_checkpoint
@@ -29,8 +30,8 @@ from .showing import Showing
 
 PART_THAT_HELPED = 0.75  # of a run; a model that is best later may be so by chance
 NEVER_WHOLE = (
-    "NOTE: the run has ended within its first {1} steps, in pieces of {0} tokens: the model has not learned to use its "
-    "context of {2}."
+    "NOTE: the run has ended within its first {}, in pieces of {} tokens: the model has not learned to use its context "
+    "of {}."
 )
 LATER_STEPS_HURT = (
     "NOTE: validation got worse after step {}: fewer --max_steps or a higher --dropout may help."
@@ -61,7 +62,8 @@ def pretrain(settings: TrainingSettings) -> Progress:
         progress = train(accelerator, settings, corpus, tokenizer, model, objective, show)
         finish(accelerator, settings, corpus, progress, show)
     if progress.step <= objective.short.steps:
-        say(accelerator, NEVER_WHOLE.format(*objective.short, settings.n_positions))
+        length, steps = objective.short
+        say(accelerator, NEVER_WHOLE.format(counted(steps, "step"), length, settings.n_positions))
     elif 0 < (progress.best_step or 0) < PART_THAT_HELPED * progress.step:
         say(accelerator, LATER_STEPS_HURT.format(progress.best_step))
     return progress
@@ -69,7 +71,8 @@ def pretrain(settings: TrainingSettings) -> Progress:
 
 def short_windows(settings: TrainingSettings) -> ShortWindows:
     """What settings of a known length say of them."""
-    return ShortWindows(settings.short_positions or 0, int(settings.short_steps))
+    length = settings.short_positions
+    return ShortWindows(length, int(settings.short_steps)) if length else ShortWindows()
 
 
 def make_tokenizer(settings: TrainingSettings, corpus: AnyCorpus) -> PreTrainedTokenizerFast:

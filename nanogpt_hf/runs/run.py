@@ -144,9 +144,11 @@ def of_length(settings: R, steps: int) -> R:
     steps = max(1, steps)
     changes = {"max_steps": steps, "warmup_steps": min(part_of(steps, settings.warmup_steps), steps // 2)}
     if isinstance(settings, TrainingSettings):
-        short = settings.short_positions not in (None, settings.n_positions)
-        changes["short_steps"] = min(part_of(steps, settings.short_steps), steps) if short else 0
-        changes["short_positions"] = settings.short_positions if changes["short_steps"] else None
+        short = min(part_of(steps, settings.short_steps), steps)
+        if not short or settings.short_positions in (None, settings.n_positions):
+            changes["short_positions"] = None
+        else:
+            changes["short_steps"] = short
     return replace(settings, **changes)
 
 
@@ -273,7 +275,7 @@ def describe(
 
 
 def refusals(settings: RunSettings) -> list[str]:
-    """What the run itself, without --dry_run, would say of its folder."""
+    """What the run itself, without --dry_run, would say of a folder that it cannot use as it is."""
     try:
         check_usable(settings)
     except UserError as error:

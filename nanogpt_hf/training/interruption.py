@@ -71,8 +71,9 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         else:
-            _answer(number, "stopping, with a checkpoint; Ctrl-C once more ends at once, without")
             self._noted = number
+            more = "" if self._launcher else "; Ctrl-C once more ends at once, without"
+            _answer(number, f"stopping, with a checkpoint{more}")
 
     def agree(self, accelerator: Accelerator, elapsed_s: float) -> None:
         """Take the decisions of any process for all of them. One process decides without communication."""

@@ -69,7 +69,7 @@ def train(
     if accelerator.is_main_process:
         say(accelerator, *open_run_folder(settings, corpus, tokenizer, identity, progress, checkpoint))
     accelerator.wait_for_everyone()
-    take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor)
+    take_step = Stepper(accelerator, settings, model, optimizers, objective, rate_factor, progress.step)
     log = RunLog(
         accelerator,
         settings,

@@ -37,6 +37,7 @@ class Stepper:
         model, optimizers: as prepared by the accelerator.
         objective: what is minimised.
         rate_factor: step -> factor of the learning rates.
+        first_step: of those that are still to come.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Stepper:
         optimizers: Sequence[torch.optim.Optimizer],
         objective: Objective,
         rate_factor: Callable[[int], float],
+        first_step: int = 0,
     ):
         self.accelerator, self.settings = accelerator, settings
         self.model, self.optimizers = model, optimizers
@@ -60,7 +62,7 @@ class Stepper:
         self.steps_before_capture = STEPS_BEFORE_CAPTURE if self._may_capture() else -1
         prefetch_blocks(model, blocks_of(accelerator.unwrap_model(model)))
         with fastest_attention(accelerator.device):
-            self._get_ready()
+            self._get_ready(first_step)
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's part of the loss in nats per token, and the norm of the gradient; both on the device.
@@ -109,11 +111,12 @@ class Stepper:
         self.model.zero_grad()
         return grad_norm
 
-    def _get_ready(self) -> None:
-        """Compile the blocks in place, for windows of each length; the longest are tried first, which take most memory.
+    def _get_ready(self, first_step: int) -> None:
+        """Compile the blocks in place, for windows of each length to come; the longest are tried first, which take most memory.
 
         All blocks share what is compiled for the first one, so that it takes a fraction of the whole model's time.
         """
+        self.model.train()
         wanted = self.settings.torch_compile
         if self.accelerator.device.type == "cuda" if wanted is None else wanted:
             self.compiled = blocks_of(self.accelerator.unwrap_model(self.model))
@@ -122,13 +125,16 @@ class Stepper:
                 block.compile(backend=self.settings.torch_compile_backend, dynamic=False)
         except Exception as error:  # a backend that is not there
             self._stay_eager(error)
-        for step in sorted({0, self.objective.short.steps}, reverse=True):
-            while (step > 0 or self.compiled) and not self._fits(step):
+        whole = self.objective.short.steps
+        later = [whole] if first_step < whole < (self.settings.max_steps or float("inf")) else []
+        for step in (*later, first_step):
+            # Without a compiler the first step is its own trial.
+            while (step > first_step or self.compiled) and not self._fits(step):
                 self.micro_batch = smaller_batch(self.accelerator, self.settings, self.micro_batch)
             self.model.zero_grad()
 
     def _fits(self, step: int) -> bool:
-        """Whether there is memory for a step's micro-batch. Where compiling fails, it says so once and stays eager."""
+        """Whether there is memory for a step's micro-batch; where it cannot be compiled, all stays eager."""
         self.model.zero_grad()
         try:
             batch = self.objective.batch(step, self.rows[: self.micro_batch])
@@ -139,6 +145,7 @@ class Stepper:
             if not self.compiled:
                 raise
             self._stay_eager(error)
+            return self._fits(step)
         return True
 
     def _stay_eager(self, error: Exception) -> None:
