@@ -10,7 +10,8 @@ GPT-2. With several GPUs they run side by side, one on each. Without --corpus th
 
 The loss is over the whole held-out text in the same windows for nanoGPT and ours; nanochat reads other tokens (each row
 begins with its mark), so it is compared in bits per byte, as it prints them. Seconds of steps are tokens over the
-median rate, for ours of the second half, the slower one; those of training hold evaluations and what is compiled or recorded on the way; those of the process all.
+median rate, for ours of the second half, the slower one; those of training hold evaluations and what is compiled or
+recorded on the way; those of the process all.
 """
 
 import argparse

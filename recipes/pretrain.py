@@ -11,9 +11,9 @@
 --corpus is a folder of shards, made by prepare_corpus.py, whose tokenizer is then the default; or any text that the
 other recipes take. The length is --train_tokens, --max_steps, --num_train_epochs or --max_minutes; without any, 20 tokens a
 parameter, but no text more than four times. The learning rates come down to zero at its end, and the batch is the
-one that takes the least time for that length (runs/budget.py), on however many devices. The
-first half of a new model's steps reads its windows in pieces of an eighth of the context (--short_steps 0: none; measured
-in runs of up to 20 million tokens); not with the preset cpu, and not where that were fewer than 16 tokens.
+one that takes the least time for that length (runs/budget.py), on however many devices. The first half of a new model's
+steps reads its windows in pieces of an eighth of the context (--short_steps 0: none; measured in runs of up to 20 million
+tokens); not with the preset cpu, and not where that were fewer than 16 tokens.
 
 nanoGPT's settings for GPT-2 (--gradient_accumulation_steps is for one device):
 

@@ -34,7 +34,14 @@ from nanogpt_hf.common.cli import parse
 from nanogpt_hf.common.running import run_recipe
 from nanogpt_hf.common.settings import TrainingSettings
 from nanogpt_hf.data.corpora import load_corpus
-from nanogpt_hf.runs.pretraining import find_rdrop, make_model, make_tokenizer, settle_dropout, short_windows
+from nanogpt_hf.runs.pretraining import (
+    find_rdrop,
+    make_model,
+    make_tokenizer,
+    settle_dropout,
+    settle_short_windows,
+    short_windows,
+)
 from nanogpt_hf.runs.run import language_modeling, make_ready, resolve
 from nanogpt_hf.training.hardware import make_accelerator
 from nanogpt_hf.training.loop import train
@@ -76,7 +83,7 @@ def train_here(words: list[str], change_model=None, make_accelerator=make_accele
     tokenizer = make_tokenizer(settings, corpus)
     settings = settle_dropout(settings, accelerator, corpus, tokenizer)
     model = make_model(settings, corpus, tokenizer)
-    settings = resolve(settings, accelerator, corpus, tokenizer, model)
+    settings = settle_short_windows(resolve(settings, accelerator, corpus, tokenizer, model))
     make_ready(settings, model)
     if change_model is not None:
         change_model(model)

@@ -290,7 +290,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(corpus, undisturbed, tmp_path, 
     assert digests(folder) == digests(undisturbed)
 
 
-def test_a_second_signal_ends_it_at_once(corpus, tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_it_at_once(corpus, tmp_path, number, status):
     folder = tmp_path / "run"
     long_steps = "--per_device_train_batch_size 1 --gradient_accumulation_steps 1000 --max_steps 100".split()
     run = Run(training_words(folder, corpus, *long_steps, "--logging_steps", "1", "--eval_on_start"))
@@ -299,9 +300,10 @@ def test_a_second_signal_ends_it_at_once(corpus, tmp_path):
     run.signal(signal.SIGINT)
     while "stopping, with a checkpoint" not in run.said():
         assert run.process.is_alive()
-    run.signal(signal.SIGINT)
-    assert run.wait() == 130
-    assert run.said().endswith("\nended at once; what was saved before is whole\n")
+    run.signal(number)
+    assert run.wait() == status
+    said = "\nended at once; what was saved before is whole\n"
+    assert run.said().endswith(said) == (number == signal.SIGINT)
     assert "stopped" not in run.said() and not list_checkpoints(folder / "checkpoints")
 
 
@@ -397,7 +399,7 @@ def test_windows_that_a_run_never_reads_need_no_memory(corpus, tmp_path, words):
     words = training_words(
         tmp_path / "run", corpus, *EXACT, "--short_positions", "4", "--short_steps", "9", *words
     )
-    train_here(words, change_model=fail_above(4))
+    assert train_here(words, change_model=fail_above(4)).step == int(words[-1])
 
 
 def test_memory_is_tried_in_the_mode_that_training_has(corpus, tmp_path):

@@ -29,6 +29,8 @@ from nanogpt_hf.training.optimization import (
 )
 from nanogpt_hf.training.stepping import Stepper, accumulate_gradients, step_seed
 
+NONE_SHORT = ShortWindows()
+
 
 def make():
     torch.manual_seed(0)
@@ -38,11 +40,13 @@ def make():
     return NanoGPTForCausalLM(NanoGPTConfig(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields))
 
 
-def language_modeling(accelerator=None, batch_size=4, short=None):
+def language_modeling(accelerator=None, batch_size=4, short=NONE_SHORT):
     ids = torch.randint(0, 50, (2000,), generator=torch.Generator().manual_seed(2)).numpy()
     accelerator = accelerator or Accelerator(cpu=True)
     stream = TokenStream(ids, 16, accelerator.device)
-    return LanguageModeling(accelerator, stream, batch_size, 1337, short=short)
+    objective = LanguageModeling(accelerator, stream, batch_size, 1337)
+    objective.short = short
+    return objective
 
 
 def ragged_batch(rows):
@@ -346,7 +350,7 @@ def tiny_run(tmp_path, *words):
     )
 
 
-def stepper(settings, model=None, short=None):
+def stepper(settings, model=None, short=NONE_SHORT):
     accelerator = Accelerator(cpu=True)
     model = model or make()
     optimizers = make_optimizers(model, settings)

@@ -120,9 +120,13 @@ class TokenStream:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _blocks(self, starts: np.ndarray, block_size: int | None = None) -> torch.Tensor:
-        """The T + 1 ids from each start, B T+1, on the device; any id stands for what is past the end."""
-        length = (block_size or self.block_size) + 1
+    def _pairs(self, starts: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids from each start and their next ones, each B length."""
+        block = self._blocks(starts, length + 1)
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+    def _blocks(self, starts: np.ndarray, length: int) -> torch.Tensor:
+        """The ids from each start, B length, on the device; any id stands for what is past the end."""
         if isinstance(self.ids, torch.Tensor):
             # Starts alone travel: so few bytes are copied without waiting for what the device has yet to do.
             index = torch.from_numpy(starts).to(self.device, non_blocking=True)[:, None]
@@ -151,8 +155,7 @@ class TokenStream:
             rows: which of them.
         """
         numbers = step * batch_size + np.arange(batch_size)[rows]
-        block = self._blocks(self.starts(seed, numbers))
-        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+        return self._pairs(self.starts(seed, numbers), self.block_size)
 
     def pieces(
         self, seed: int, step: int, batch_size: int, rows: slice, length: int, steps: int
@@ -170,8 +173,7 @@ class TokenStream:
         numbers = (step * batch_size + np.arange(batch_size)[rows])[:, None] * each + np.arange(each)
         places = permute(numbers.ravel(), steps * batch_size * each, mix(~mix(np.uint64(seed))))
         windows, parts = np.divmod(places, np.uint64(each))
-        block = self._blocks(self.starts(seed, windows) + parts.astype(np.int64) * length, length)
-        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+        return self._pairs(self.starts(seed, windows) + parts.astype(np.int64) * length, length)
 
     def windows(self, stride: int | None = None) -> int:
         """How many windows cover the stream once: side by side, or each `stride` tokens after the one before."""
@@ -192,6 +194,6 @@ class TokenStream:
             starts = np.minimum(starts, len(self.ids) - 1 - self.block_size)
         index = starts[:, None] + np.arange(self.block_size + 1)
         elsewhere = (index >= len(self.ids)) | ((numbers > 0)[:, None] & (index <= had[:, None]))
-        block = self._blocks(starts)
+        block = self._blocks(starts, self.block_size + 1)
         y = block[:, 1:].masked_fill(torch.from_numpy(elsewhere[:, 1:]).to(self.device), -100)
         return block[:, :-1].contiguous(), y

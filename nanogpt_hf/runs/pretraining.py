@@ -25,7 +25,17 @@ from ..training.run_folder import alone_in
 from ..training.stepping import global_batch_size
 from .budget import dropout_of, planned_tokens
 from .command_line import SHAPE, earlier
-from .run import describe, finish, language_modeling, make_ready, resolve, settle_length, start, tokens_asked
+from .run import (
+    describe,
+    finish,
+    language_modeling,
+    make_ready,
+    part_of,
+    resolve,
+    settle_length,
+    start,
+    tokens_asked,
+)
 from .showing import Showing
 
 PART_THAT_HELPED = 0.75  # of a run; a model that is best later may be so by chance
@@ -50,11 +60,12 @@ def pretrain(settings: TrainingSettings) -> Progress:
     model = make_model(settings, corpus, tokenizer)
     lines = vocabulary_words(settings, tokenizer)
     settings = resolve(settings, accelerator, corpus, tokenizer, model)
+    check_short_windows(settings)
     make_ready(settings, model)
     alpha, words = find_rdrop(settings, model)
     lines += words
     objective = language_modeling(accelerator, settings, corpus, tokenizer, alpha)
-    settings = settle_length(accelerator, settings, model, objective)
+    settings = settle_short_windows(settle_length(accelerator, settings, model, objective))
     objective.short = short_windows(settings)
     describe(accelerator, settings, corpus, tokenizer, model, objective, lines)
     show = Showing(accelerator, settings, corpus)
@@ -69,8 +80,27 @@ def pretrain(settings: TrainingSettings) -> Progress:
     return progress
 
 
+def check_short_windows(settings: TrainingSettings) -> None:
+    """Raises UserError where resolved settings ask for windows that do not divide the context."""
+    length, T = settings.short_positions, settings.n_positions
+    if length and settings.short_steps and T % length:
+        raise UserError(
+            f"--short_positions is {length}, which does not divide the context of {T}: give a divisor of it, or "
+            "--short_steps 0."
+        )
+
+
+def settle_short_windows(settings: TrainingSettings) -> TrainingSettings:
+    """Settings of a known length with the number of steps that have short windows; without any, no length of these."""
+    whole = settings.max_steps or 0
+    steps = min(part_of(whole, settings.short_steps), whole)
+    if not steps or settings.short_positions in (None, settings.n_positions):
+        return replace(settings, short_positions=None)
+    return replace(settings, short_steps=steps)
+
+
 def short_windows(settings: TrainingSettings) -> ShortWindows:
-    """What settings of a known length say of them."""
+    """What settled settings say of them."""
     length = settings.short_positions
     return ShortWindows(length, int(settings.short_steps)) if length else ShortWindows()
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ..common.errors import UserError
 from ..common.files import delete, files_written_whole
 from ..common.recipes import command
-from ..common.settings import RunSettings, TrainingSettings, public_values
+from ..common.settings import RunSettings, public_values
 from ..common.text import counted
 from ..data.corpora import AnyCorpus, load_corpus
 from ..data.token_stream import TokenStream
@@ -105,11 +105,6 @@ def resolve(
     T = settings.n_positions or context
     if T > context:
         raise UserError(f"--n_positions is {T}, more than the base's context of {context}.")
-    short = getattr(settings, "short_positions", None)
-    if short and settings.short_steps and T % short:
-        raise UserError(
-            f"--short_positions is {short}, which does not divide the context of {T}: give a divisor of it, or --short_steps 0."
-        )
     changes: dict[str, Any] = {"output_dir": settings.folder(), "n_positions": T}
     if hasattr(settings, "vocab_size"):
         changes["vocab_size"] = len(tokenizer)
@@ -140,16 +135,11 @@ def tokens_asked(
 
 
 def of_length(settings: R, steps: int) -> R:
-    """The settings of a run of so many steps, with its warm-ups in steps."""
+    """The settings of a run of so many steps, with its warm-up in steps."""
     steps = max(1, steps)
-    changes = {"max_steps": steps, "warmup_steps": min(part_of(steps, settings.warmup_steps), steps // 2)}
-    if isinstance(settings, TrainingSettings):
-        short = min(part_of(steps, settings.short_steps), steps)
-        if not short or settings.short_positions in (None, settings.n_positions):
-            changes["short_positions"] = None
-        else:
-            changes["short_steps"] = short
-    return replace(settings, **changes)
+    return replace(
+        settings, max_steps=steps, warmup_steps=min(part_of(steps, settings.warmup_steps), steps // 2)
+    )
 
 
 def part_of(steps: int, asked: float) -> int:

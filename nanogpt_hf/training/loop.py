@@ -102,7 +102,6 @@ def train(
             keep_best()
             if ended:
                 save()
-        model.train()
         while not ended:
             log.add(*take_step(progress.step))
 

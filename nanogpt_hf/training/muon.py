@@ -120,8 +120,8 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum SGD whose updates are orthogonalised matrices.
 
     The steps of torch.optim.Muon, but for three things: matrices that a weight holds side by side, or the other way
-    round, are updated as the matrices that they are; those of weights of one shape are orthogonalised at once; and it need not
-    compute in bfloat16. A CPU without bfloat16 instructions spends 906 ms on torch's step of the preset `cpu`, twice as long
+    round, are updated as the matrices that they are; those of weights of one shape are orthogonalised at once; and it
+    need not compute in bfloat16. A CPU without bfloat16 instructions spends 906 ms on torch's step of the preset `cpu`, twice as long
     as on the model (one core of an EPYC restricted to AVX2, November 2026).
 
     Args:

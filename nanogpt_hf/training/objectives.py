@@ -24,7 +24,10 @@ Batch = tuple[torch.Tensor, ...]  # of shapes that change with the last of the s
 
 
 class ShortWindows(NamedTuple):
-    """The windows of a run's first steps: how long each is, in tokens, and how many steps have them."""
+    """Sequence-length warm-up (Li et al. 2022): how long a run's first windows are, in tokens, and how many steps have them.
+
+    These steps take as many tokens as the others.
+    """
 
     length: int = 0
     steps: int = 0
@@ -91,7 +94,6 @@ class LanguageModeling(Objective):
         validation: the validation split's tokens; without them there is no evaluation.
         characters: that the validation split spells.
         eval_batch_size: sequences that a process evaluates at once.
-        short: windows of the first steps, which take as many tokens: sequence-length warm-up (Li et al. 2022).
     """
 
     same_count = True  # whole windows
@@ -105,12 +107,10 @@ class LanguageModeling(Objective):
         validation: TokenStream | None = None,
         characters: int = 0,
         eval_batch_size: int = 64,
-        short: ShortWindows | None = None,
     ):
         self.accelerator, self.train, self.validation = accelerator, train, validation
         self.batch_size, self.seed = batch_size, seed
         self.eval_batch_size, self.characters = eval_batch_size, characters
-        self.short = short or ShortWindows()
         self.tokens_per_step = batch_size * train.block_size
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:

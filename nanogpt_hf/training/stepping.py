@@ -31,7 +31,9 @@ MOST_TO_CAPTURE = (
 
 
 class Stepper:
-    """Takes the optimiser steps of a run. All that a step depends on is its number and the weights.
+    """Takes the optimiser steps of a run, for which it puts the model into training mode.
+
+    All that a step depends on is its number and the weights.
 
     Args:
         model, optimizers: as prepared by the accelerator.
@@ -112,7 +114,7 @@ class Stepper:
         return grad_norm
 
     def _get_ready(self, first_step: int) -> None:
-        """Compile the blocks in place, for windows of each length to come; the longest are tried first, which take most memory.
+        """Compile the blocks in place, for windows of each length to come; the longest, which take most memory, first.
 
         All blocks share what is compiled for the first one, so that it takes a fraction of the whole model's time.
         """

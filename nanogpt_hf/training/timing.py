@@ -30,7 +30,6 @@ def steps_in_time(
     trial, *optimizers = accelerator.prepare(trial, *make_optimizers(trial, settings))
     if not settings.fp16:
         optimizers = [optimizer.optimizer for optimizer in optimizers]
-    trial.train()
     take_step = Stepper(accelerator, settings, trial, optimizers, objective, lambda step: 1e-3)
     steps = iter(range(10**9))
     for _ in range(STEPS_BEFORE_CAPTURE + 2):
